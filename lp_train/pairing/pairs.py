@@ -1,0 +1,178 @@
+"""Pairs kept in place: layer k lets its input through, layer k+1 runs both.
+
+No parameter or module is renamed or moved, so checkpoints, PEFT paths, caches and hooks stay those of the original.
+A layer's *class* is changed to a dynamic subclass, because Transformers wraps ``forward`` for gradient checkpointing
+when a class is made and records hidden states by ``isinstance``: a patched ``forward`` would silently lose both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from lp_train.errors import UserError
+from lp_train.pairing.families import Family, check_branches, decoder_of, family_of
+from lp_train.pairing.plan import PairPlan
+
+ALGEBRAS = ("lp", "par")
+
+
+class _Pairing:
+    """Shared by all paired layers of one model; ``parallel`` is switched by :func:`sequential`."""
+
+    def __init__(self, plan: PairPlan, algebra: str, family: Family) -> None:
+        self.plan, self.algebra, self.family = plan, algebra, family
+        self.parallel = True
+
+
+class _Paired(nn.Module):
+    _pairing: _Pairing
+    _original: nn.Module | None = None  # frozen copy of the layer, where its own weights are trained
+
+
+
+class _First(_Paired):
+    _kwargs: dict[str, Any]
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._pairing.parallel:  # its own mask and rotary table: neighbours' layer types may differ
+            self._kwargs = {n: kwargs[n] for n in ("attention_mask", "position_embeddings") if n in kwargs}
+        return super().__call__(hidden_states, *args, **kwargs)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._pairing.parallel:
+            return hidden_states
+        own = super() if self._original is None else self._original
+        return own.forward(hidden_states, *args, **kwargs)
+
+
+class _Second(_Paired):
+    _first: _First
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # handed over outside of `forward`, so that a checkpointed forward has it again when it is run a second time
+        if self._pairing.parallel:
+            kwargs["first_kwargs"] = self._first.__dict__.pop("_kwargs")
+        return super().__call__(hidden_states, *args, **kwargs)
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, first_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        if first_kwargs is None:
+            own = super() if self._original is None else self._original
+            return own.forward(hidden_states, *args, **kwargs)
+        family, first, x = self._pairing.family, self._first, hidden_states
+        attention1 = family.attention_branch(first, x, {**kwargs, **first_kwargs})
+        attention2 = family.attention_branch(self, x, kwargs)
+        h = x + attention1 + attention2
+        h1, h2 = (h, h) if self._pairing.algebra == "lp" else (x + attention1, x + attention2)
+        return h + family.mlp_branch(first, h1) + family.mlp_branch(self, h2)
+
+
+@functools.cache
+def _subclass(mixin: type[_Paired], base: type[nn.Module]) -> type[nn.Module]:
+    return type(f"{mixin.__name__.lstrip('_')}{base.__name__}", (mixin, base), {})
+
+
+def pair_layers(model: nn.Module, plan: PairPlan | str | Sequence[Sequence[int]], algebra: str = "lp") -> nn.Module:
+    """Pairs the layers of a causal LM in place and returns it (arXiv 2502.02790).
+
+    ``lp``: h = x + A1(x) + A2(x); y = h + F1(h) + F2(h), what a tensor-parallel pair computes.
+    ``par``: h1 = x + A1(x), h2 = x + A2(x); y = h1 + F1(h1) + (h2 - x) + F2(h2).
+    A and F are a layer's attention and feed-forward branches, each with the layer's own norms.
+    ``hidden_states[k + 1]`` of a pair (k, k+1) equals ``hidden_states[k]``; the pair's output is the next one.
+
+    Raises:
+        UserError: unknown algebra or family, a plan that does not fit, or a model that is paired already.
+    """
+    if algebra not in ALGEBRAS:
+        raise UserError(f"plan.algebra {algebra!r}: unknown; use one of {', '.join(ALGEBRAS)}")
+    family, layers = family_of(model), decoder_of(model).layers
+    if is_paired(model):
+        raise UserError("the model is paired already; call unpair_layers(model) first")
+    plan = PairPlan.parse(plan, num_layers=len(layers))
+    check_branches(model, family, plan.layers)
+    pairing = _Pairing(plan, algebra, family)
+    for k, j in plan.pairs:
+        for layer, mixin in ((layers[k], _First), (layers[j], _Second)):
+            layer._pairing = pairing
+            layer.__class__ = _subclass(mixin, type(layer))
+        object.__setattr__(layers[j], "_first", layers[k])  # a plain reference: no second registration, no new key
+    model.config.layer_parallel = {"pairs": [list(pair) for pair in plan.pairs], "algebra": algebra}
+    return model
+
+
+def unpair_layers(model: nn.Module) -> nn.Module:
+    """Undoes :func:`pair_layers`: the model is the original again, with whatever was trained in it."""
+    for layer in _paired_layers(model):
+        layer.__class__ = type(layer).__bases__[1]
+        for name in ("_pairing", "_first", "_original", "_kwargs"):
+            layer.__dict__.pop(name, None)
+    del model.config.layer_parallel
+    return model
+
+
+def is_paired(model: nn.Module) -> bool:
+    return any(isinstance(layer, _Paired) for layer in decoder_of(model).layers)
+
+
+def plan_of(model: nn.Module) -> tuple[PairPlan, str]:
+    """The plan and the algebra of a paired model. Raises UserError for any other."""
+    pairing = _paired_layers(model)[0]._pairing
+    return pairing.plan, pairing.algebra
+
+
+def _paired_layers(model: nn.Module) -> list[_Paired]:
+    layers = [layer for layer in decoder_of(model).layers if isinstance(layer, _Paired)]
+    if not layers:
+        raise UserError("the model has no paired layers; call pair_layers(model, plan) first")
+    return layers
+
+
+def keep_originals(model: nn.Module) -> None:
+    """Keeps frozen copies of the paired layers for :func:`sequential`, for training the layers' own weights.
+
+    Call it with the model on its final device; the copies are no submodules and do not move with it.
+    """
+    for layer in _paired_layers(model):
+        shared = (layer._pairing, layer.__dict__.get("_first"))
+        original = copy.deepcopy(layer, {id(x): x for x in shared})
+        original.__class__ = type(layer).__bases__[1]
+        object.__setattr__(layer, "_original", original.requires_grad_(False).eval())
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """PEFT adapters of any kind disabled. Unlike PEFT's ``disable_adapter`` it leaves ``requires_grad`` alone and
+    costs microseconds, so that it can be entered every step."""
+    tuners = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [m._disable_adapters for m in tuners]
+    for module in tuners:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module, disabled in zip(tuners, before, strict=True):
+            module._disable_adapters = disabled
+
+
+@contextlib.contextmanager
+def sequential(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside: the pairs run in order and adapters are off, which is bitwise the original model.
+
+    Nothing is copied; it may be entered between a forward and its backward.
+    """
+    pairing = _paired_layers(model)[0]._pairing
+    before, pairing.parallel = pairing.parallel, False
+    try:
+        with adapters_off(model):
+            yield model
+    finally:
+        pairing.parallel = before

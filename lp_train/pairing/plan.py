@@ -1,0 +1,103 @@
+"""Which layers of a model are paired."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lp_train.errors import UserError
+
+FORMS = 'a window such as "12:28" (end exclusive) or a list of pairs such as [[4, 5], [8, 9]]'
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """Pairs of consecutive decoder layers, in order, of a model with ``num_layers`` layers.
+
+    Use :meth:`parse`; it validates. ``effective_depth`` is the longest path through the model: layers - pairs.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    num_layers: int
+
+    @classmethod
+    def parse(cls, spec: str | Sequence[Sequence[int]] | PairPlan, num_layers: int) -> PairPlan:
+        """Reads ``"12:28"`` or ``[[4, 5], [8, 9]]`` for a model of ``num_layers`` layers.
+
+        Raises:
+            UserError: anything else; a layer out of range, in two pairs, or not followed by its partner; no pair.
+        """
+        if isinstance(spec, PairPlan):
+            spec = spec.pairs
+        pairs = _read_window(spec) if isinstance(spec, str) else _read_pairs(spec)
+        plan = cls(tuple(sorted(pairs)), num_layers)
+        plan._validate(spec)
+        return plan
+
+    def _validate(self, spec: Any) -> None:
+        if not self.pairs:
+            raise UserError(f"plan.pairs {spec!r}: no pair in it; give {FORMS}")
+        seen: set[int] = set()
+        for first, second in self.pairs:
+            if first < 0 or second >= self.num_layers:
+                raise UserError(
+                    f"plan.pairs {spec!r}: pair {first}-{second} is out of range; "
+                    f"the model has layers 0 to {self.num_layers - 1}"
+                )
+            if second != first + 1:
+                raise UserError(
+                    f"plan.pairs {spec!r}: pair {first}-{second} is not consecutive; "
+                    f"a pair is a layer and the next one, such as {first}-{first + 1}"
+                )
+            if first in seen:
+                raise UserError(
+                    f"plan.pairs {spec!r}: layer {first} is in two pairs (overlap); give each layer one partner"
+                )
+            seen |= {first, second}
+
+    @property
+    def effective_depth(self) -> int:
+        return self.num_layers - len(self.pairs)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of all paired layers, ascending."""
+        return tuple(i for pair in self.pairs for i in pair)
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest paired layer: everything below it is the same for the original and the paired model."""
+        return self.pairs[0][0]
+
+    def __str__(self) -> str:
+        pairs = " ".join(f"{first}+{second}" for first, second in self.pairs)
+        return f"{len(self.pairs)} pairs ({pairs}), depth {self.num_layers} -> {self.effective_depth}"
+
+
+def _read_window(spec: str) -> list[tuple[int, int]]:
+    text = spec.strip()
+    if text.startswith("auto:"):
+        raise UserError(f"plan.pairs {spec!r}: this version does not choose pairs by itself; give {FORMS}")
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None:
+        raise UserError(f"plan.pairs {spec!r}: not understood; give {FORMS}")
+    start, end = int(match[1]), int(match[2])
+    if (end - start) % 2:
+        raise UserError(
+            f"plan.pairs {spec!r}: a window needs an even number of layers, this has {end - start}; "
+            f"use {start}:{end - 1} or {start}:{end + 1}"
+        )
+    return [(i, i + 1) for i in range(start, end, 2)]
+
+
+def _read_pairs(spec: Any) -> list[tuple[int, int]]:
+    try:
+        pairs = [tuple(pair) for pair in spec]
+    except TypeError:
+        raise UserError(f"plan.pairs {spec!r}: not understood; give {FORMS}") from None
+    for pair in pairs:
+        if len(pair) != 2 or not all(isinstance(i, int) and not isinstance(i, bool) for i in pair):
+            raise UserError(f"plan.pairs {spec!r}: {list(pair)} is not a pair of layer numbers; give {FORMS}")
+    return pairs
