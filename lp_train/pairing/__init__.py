@@ -1,13 +1,24 @@
-"""Layer pairs of a pretrained decoder, run side by side (arXiv 2502.02790). Depends on torch, transformers and peft only."""
+"""Layer pairs of a pretrained decoder, run side by side (arXiv 2502.02790). Needs torch, transformers, peft."""
 
 from lp_train.pairing.families import FAMILIES, Family
-from lp_train.pairing.pairs import is_paired, keep_originals, pair_layers, plan_of, sequential, unpair_layers
+from lp_train.pairing.pairs import (
+    adapters_off,
+    in_order,
+    is_paired,
+    keep_originals,
+    pair_layers,
+    plan_of,
+    sequential,
+    unpair_layers,
+)
 from lp_train.pairing.plan import PairPlan
 
 __all__ = [
     "FAMILIES",
     "Family",
     "PairPlan",
+    "adapters_off",
+    "in_order",
     "is_paired",
     "keep_originals",
     "pair_layers",

@@ -29,7 +29,7 @@ class Family:
     mlp_dropout: str | None = None
 
     def attention_branch(self, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """What the layer's attention adds to x [B, T, D]; kwargs: mask, rotary table, cache as the model passes them."""
+        """What the layer's attention adds to x [B, T, D]; kwargs: mask, rotary table, cache as the model gives."""
         out = layer.self_attn(hidden_states=_through(layer, self.before_attention, x), **kwargs)[0]
         return _through(layer, self.attention_dropout, _through(layer, self.after_attention, out))
 
@@ -78,12 +78,12 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return model.get_decoder()
 
 
-def family_of(model: nn.Module) -> Family:
-    """The family of the model, by its ``model_type``. Raises UserError with the supported ones otherwise."""
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise UserError(f"model type {kind!r}: no pairing for this family; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[kind]
+def check_family(model_type: str) -> Family:
+    """The family with this ``config.model_type``. Raises UserError with the supported ones otherwise."""
+    if model_type not in FAMILIES:
+        names = ", ".join(sorted(FAMILIES))
+        raise UserError(f"model type {model_type!r}: no pairing for this family; supported: {names}")
+    return FAMILIES[model_type]
 
 
 class _CallSeen(Exception):

@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lp_train.errors import UserError
-from lp_train.pairing.families import Family, check_branches, decoder_of, family_of
+from lp_train.pairing.families import Family, check_branches, check_family, decoder_of
 from lp_train.pairing.plan import PairPlan
 
 ALGEBRAS = ("lp", "par")
@@ -37,7 +37,6 @@ class _Paired(nn.Module):
     _original: nn.Module | None = None  # frozen copy of the layer, where its own weights are trained
 
 
-
 class _First(_Paired):
     _kwargs: dict[str, Any]
 
@@ -49,7 +48,7 @@ class _First(_Paired):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._pairing.parallel:
             return hidden_states
-        own = super() if self._original is None else self._original
+        own: Any = super() if self._original is None else self._original
         return own.forward(hidden_states, *args, **kwargs)
 
 
@@ -66,7 +65,7 @@ class _Second(_Paired):
         self, hidden_states: Tensor, *args: Any, first_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
         if first_kwargs is None:
-            own = super() if self._original is None else self._original
+            own: Any = super() if self._original is None else self._original
             return own.forward(hidden_states, *args, **kwargs)
         family, first, x = self._pairing.family, self._first, hidden_states
         attention1 = family.attention_branch(first, x, {**kwargs, **first_kwargs})
@@ -94,7 +93,7 @@ def pair_layers(model: nn.Module, plan: PairPlan | str | Sequence[Sequence[int]]
     """
     if algebra not in ALGEBRAS:
         raise UserError(f"plan.algebra {algebra!r}: unknown; use one of {', '.join(ALGEBRAS)}")
-    family, layers = family_of(model), decoder_of(model).layers
+    family, layers = check_family(model.config.model_type), decoder_of(model).layers
     if is_paired(model):
         raise UserError("the model is paired already; call unpair_layers(model) first")
     plan = PairPlan.parse(plan, num_layers=len(layers))
@@ -103,7 +102,7 @@ def pair_layers(model: nn.Module, plan: PairPlan | str | Sequence[Sequence[int]]
     for k, j in plan.pairs:
         for layer, mixin in ((layers[k], _First), (layers[j], _Second)):
             layer._pairing = pairing
-            layer.__class__ = _subclass(mixin, type(layer))
+            layer.__class__ = _subclass(mixin, layer.__class__)
         object.__setattr__(layers[j], "_first", layers[k])  # a plain reference: no second registration, no new key
     model.config.layer_parallel = {"pairs": [list(pair) for pair in plan.pairs], "algebra": algebra}
     return model
@@ -164,15 +163,21 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_order(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside: the pairs run one layer after the other; adapters stay as they are switched."""
+    pairing = _paired_layers(model)[0]._pairing
+    before, pairing.parallel = pairing.parallel, False
+    try:
+        yield model
+    finally:
+        pairing.parallel = before
+
+
+@contextlib.contextmanager
 def sequential(model: nn.Module) -> Iterator[nn.Module]:
     """Inside: the pairs run in order and adapters are off, which is bitwise the original model.
 
     Nothing is copied; it may be entered between a forward and its backward.
     """
-    pairing = _paired_layers(model)[0]._pairing
-    before, pairing.parallel = pairing.parallel, False
-    try:
-        with adapters_off(model):
-            yield model
-    finally:
-        pairing.parallel = before
+    with in_order(model), adapters_off(model):
+        yield model

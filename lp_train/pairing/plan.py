@@ -31,7 +31,7 @@ class PairPlan:
         """
         if isinstance(spec, PairPlan):
             spec = spec.pairs
-        pairs = _read_window(spec) if isinstance(spec, str) else _read_pairs(spec)
+        pairs = _read_window(spec, num_layers) if isinstance(spec, str) else _read_pairs(spec)
         plan = cls(tuple(sorted(pairs)), num_layers)
         plan._validate(spec)
         return plan
@@ -76,7 +76,7 @@ class PairPlan:
         return f"{len(self.pairs)} pairs ({pairs}), depth {self.num_layers} -> {self.effective_depth}"
 
 
-def _read_window(spec: str) -> list[tuple[int, int]]:
+def _read_window(spec: str, num_layers: int) -> list[tuple[int, int]]:
     text = spec.strip()
     if text.startswith("auto:"):
         raise UserError(f"plan.pairs {spec!r}: this version does not choose pairs by itself; give {FORMS}")
@@ -84,10 +84,11 @@ def _read_window(spec: str) -> list[tuple[int, int]]:
     if match is None:
         raise UserError(f"plan.pairs {spec!r}: not understood; give {FORMS}")
     start, end = int(match[1]), int(match[2])
-    if (end - start) % 2:
+    nearest = [f"{start}:{e}" for e in (end - 1, end + 1) if start < e <= num_layers]
+    if (end - start) % 2 and nearest:  # without one it is out of range or empty, which is told later
         raise UserError(
             f"plan.pairs {spec!r}: a window needs an even number of layers, this has {end - start}; "
-            f"use {start}:{end - 1} or {start}:{end + 1}"
+            f"use {' or '.join(nearest)}"
         )
     return [(i, i + 1) for i in range(start, end, 2)]
 
