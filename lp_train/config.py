@@ -1,0 +1,342 @@
+"""The configuration of one run: schema, YAML, command line, all errors at once.
+
+Three steps, each over the one before: defaults (the dataclasses here and ``OUR_TRAIN_DEFAULTS``), the YAML file, and
+``key.path=value`` arguments. ``train`` and ``lora`` take the fields of TRL's SFTConfig and PEFT's LoraConfig by their
+own names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from peft import LoraConfig
+from trl import SFTConfig
+
+from lp_train.config_check import Reader
+from lp_train.config_rules import broken_rules
+from lp_train.errors import UserError
+from lp_train.trainer_options import OUR_LORA_DEFAULTS, OUR_TRAIN_DEFAULTS, OWNED_LORA, OWNED_TRAIN
+
+MAX_PER_DEVICE = 8  # rows in one forward when the user does not say: fits the larger configs' models on 80 GB
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model. ``name_or_path``: hub id, folder, or ``wheel:PACKAGE``."""
+
+    name_or_path: str = field(metadata={"example": "meta-llama/Llama-3.2-1B"})
+    revision: str | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    attn_implementation: str = "sdpa"
+    quantization: Literal["nf4"] | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Which layers are paired (``"12:28"``, ``[[4, 5], [8, 9]]``) and by which definition of a pair."""
+
+    pairs: str | list[list[int]] = field(metadata={"example": "'12:28' or [[4, 5], [8, 9]]"})
+    algebra: Literal["lp", "par"] = "lp"
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss. ``beta``: 0 forward KL(original || paired), 1 reverse, between generalised JSD."""
+
+    kd: float = 1.0
+    beta: float = 0.0
+    temperature: float = 1.0
+    ce: float = 0.0
+    hidden: float = 0.0
+    kd_on: Literal["completion", "all"] = "completion"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of text: local file or glob, hub dataset, or ``builtin:pydocs``. ``name``: the hub's configuration."""
+
+    path: str = field(metadata={"example": "builtin:pydocs"})
+    weight: float | None = None
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    text_column: str | None = None
+    messages_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training, held-out and calibration text. ``eval`` null: ``eval_fraction`` of the documents, by hash."""
+
+    train: list[Source] = field(metadata={"example": "builtin:pydocs"})
+    eval: list[Source] | None = None
+    calibration: list[Source] | None = None
+    truncate: bool = False
+    eval_fraction: float = 0.02
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out ``tokens`` measured each time; ``prompt`` is answered by all three models at the end."""
+
+    tokens: int = 98304
+    batch_size: int = 8
+    prompt: str | None = None
+    max_new_tokens: int = 48
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Weights & Biases. ``auto``: online with a key and network, else offline; off when it is not installed."""
+
+    wandb: Literal["auto", "off", "online", "offline"] = "auto"
+    project: str = "lp-train"
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. ``lora`` and ``train`` hold the libraries' own names with our defaults filled in."""
+
+    model: ModelConfig
+    plan: PlanConfig
+    data: DataConfig
+    name: str
+    tune: Literal["lora", "full"] = "lora"
+    lora: dict[str, Any] = field(default_factory=dict)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: dict[str, Any] = field(default_factory=dict)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "plan": PlanConfig,
+    "loss": LossConfig,
+    "data": DataConfig,
+    "evaluate": EvaluateConfig,
+    "track": TrackConfig,
+}
+_TRAIN_TYPES = {  # ours, and where we allow more or less than the library
+    "global_batch_tokens": int,
+    "max_steps_float32": int,
+    "max_length": int,
+    "max_steps": int | None,
+    "num_train_epochs": float | None,
+}
+_LORA_TYPES = {"scope": Literal["paired", "suffix"], "init_lora_weights": bool | str}  # pissa_niter_4: has its own line
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML file at ``path``, then ``key.path=value`` (value: YAML; list items by index).
+
+    Raises:
+        UserError: the file cannot be read, or the configuration is wrong: one line for each mistake in it.
+    """
+    path, reader = Path(path), Reader(_all_keys())
+    raw = {"name": path.stem, **_read_yaml(path)}
+    for override in overrides:
+        try:
+            _override(raw, override)
+        except UserError as error:
+            reader.errors.append(str(error))
+    config = _read(raw, reader)
+    misread = {_key_of(line) for line in reader.errors}  # a value that was not understood breaks no further rule
+    errors = reader.errors + [line for line in broken_rules(config) if _key_of(line) not in misread]
+    if errors:
+        raise UserError("\n".join(errors))
+    return config
+
+
+def _key_of(error: str) -> str:
+    return error.partition(" ")[0].rstrip(":,")
+
+
+def _read(raw: dict[str, Any], reader: Reader) -> Config:
+    raw = {**raw, "data": _sources_as_lists(raw.get("data", {}))}
+    defaults = {"output_dir": f"runs/{raw['name']}", **{n: d.value for n, d in OUR_TRAIN_DEFAULTS.items()}}
+    given = reader.options(SFTConfig, raw.pop("train", {}), "train", _TRAIN_TYPES, OWNED_TRAIN)
+    train = {**defaults, **given}
+    given = reader.options(LoraConfig, raw.pop("lora", {}), "lora", _LORA_TYPES, OWNED_LORA)
+    lora = {**OUR_LORA_DEFAULTS, **given}
+    lora.setdefault("lora_alpha", 2 * lora["r"])
+    reader.unknown(raw, [f.name for f in dataclasses.fields(Config)], "")
+    known = {"model": {}, "plan": {}, **{n: raw[n] for n in raw if n in Config.__dataclass_fields__}}
+    config = reader.dataclass(Config, known, "")
+    return dataclasses.replace(config, train=train, lora=lora)
+
+
+def _sources_as_lists(data: Any) -> Any:
+    """A source may be given as text or as a mapping, alone or in a list: all become a list of mappings."""
+    if not isinstance(data, dict):
+        return data
+    data = dict(data)
+    for role in ("train", "eval", "calibration"):
+        if isinstance(data.get(role), str | dict):
+            data[role] = [data[role]]
+        if isinstance(data.get(role), list):
+            data[role] = [{"path": s} if isinstance(s, str) else s for s in data[role]]
+    return data
+
+
+def _all_keys() -> list[str]:
+    keys = [f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+    keys += [f"train.{f.name}" for f in dataclasses.fields(SFTConfig) if f.name not in OWNED_TRAIN]
+    keys += [f"lora.{f.name}" for f in dataclasses.fields(LoraConfig) if f.name not in OWNED_LORA]
+    return [*keys, "train.global_batch_tokens", "train.max_steps_float32", "lora.scope"]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars. With YAML 1.1's, ``12:28`` is 748, ``1e-3`` a text and ``off`` is false."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would not read as text."""
+
+
+_SCALARS = {
+    "tag:yaml.org,2002:bool": (r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "tag:yaml.org,2002:int": (r"[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$",
+        "-+.0123456789",
+    ),
+}
+_REPLACED = {*_SCALARS, "tag:yaml.org,2002:timestamp"}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, (_pattern, _first) in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(
+            f"config {path}: {error.strerror}; give the path of a YAML file, e.g. configs/demo.yaml"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: not YAML ({_one_line(error)}); correct it there") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path}: holds {type(raw).__name__}, not a mapping; start from configs/demo.yaml")
+    return raw
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _override(raw: dict[str, Any], argument: str) -> None:
+    """Sets one ``key.path=value`` in place."""
+    key, equals, text = argument.partition("=")
+    if not equals or not key:
+        raise UserError(f"argument {argument!r}: not understood; write key.path=value, e.g. train.max_steps=100")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"argument {argument!r}: the value is not YAML ({_one_line(error)}); quote it") from None
+    node, parts = raw, key.split(".")
+    for depth, part in enumerate(parts[:-1]):
+        node = _child(node, part, ".".join(parts[:depth]), argument)
+    if isinstance(node, list):
+        node[_index(node, parts[-1], ".".join(parts[:-1]), argument)] = value
+    else:
+        node[parts[-1]] = value
+
+
+def _child(node: Any, part: str, where: str, argument: str) -> Any:
+    if isinstance(node, list):
+        index = _index(node, part, where, argument)
+        if isinstance(node[index], str):  # a source given by its path alone
+            node[index] = {"path": node[index]}
+        return node[index]
+    if node.get(part) is None:
+        node[part] = {}
+    if not isinstance(node[part], dict | list):
+        path = f"{where}.{part}".lstrip(".")
+        raise UserError(f"argument {argument!r}: {path} is {node[part]!r}, which has no keys; set {path} itself")
+    return node[part]
+
+
+def _index(node: list, part: str, where: str, argument: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(
+            f"argument {argument!r}: {where} is a list of {len(node)}; use an index from 0 to {len(node) - 1}"
+        )
+    return int(part)
+
+
+def config_to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that :func:`load_config` reads back to an equal one.
+
+    It starts with a comment that lists each default of the trainer that this project changes, the library's beside.
+    """
+    library = {f.name: f.default for f in dataclasses.fields(SFTConfig)}
+    changed = [
+        f"  {name}: {ours.value} (library: {library.get(name, 'none')}): {ours.reason}"
+        for name, ours in OUR_TRAIN_DEFAULTS.items()
+        if ours.value != library.get(name)
+    ]
+    owned = textwrap.wrap(", ".join(sorted(OWNED_TRAIN.keys() & library)), width=110)
+    head = ["Defaults of the trainer that this project changes:", *changed, "Not set here but by the program:"]
+    head += [f"  {line}" for line in owned]
+    body = yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return "".join(f"# {line}\n" for line in head) + "\n" + body
+
+
+def batch_split(
+    global_batch_tokens: int,
+    max_length: int,
+    num_processes: int,
+    per_device: int | None = None,
+    accumulation: int | None = None,
+) -> tuple[int, int]:
+    """(rows per device and forward, accumulation steps) with their product x processes x max_length = the global batch.
+
+    Raises:
+        UserError: no such pair, or the two given do not multiply to it.
+    """
+    unit = max_length * num_processes
+    rows, rest = divmod(global_batch_tokens, unit)
+    if rest or not rows:
+        near = sorted({max(rows, 1) * unit, (rows + 1) * unit})
+        raise UserError(
+            f"train.global_batch_tokens {global_batch_tokens}: not a multiple of max_length {max_length} x "
+            f"{num_processes} processes; use {' or '.join(map(str, near))}"
+        )
+    for name, value in (("per_device_train_batch_size", per_device), ("gradient_accumulation_steps", accumulation)):
+        if value is not None and (value < 1 or rows % value):
+            raise UserError(
+                f"train.{name} {value}: does not divide the {rows} rows that each of {num_processes} processes has in "
+                f"{global_batch_tokens} tokens; use one of {', '.join(map(str, _divisors(rows)))}"
+            )
+    if per_device is None:
+        per_device = rows // accumulation if accumulation else max(d for d in _divisors(rows) if d <= MAX_PER_DEVICE)
+    if accumulation is not None and per_device * accumulation != rows:
+        raise UserError(
+            f"train.per_device_train_batch_size {per_device} x gradient_accumulation_steps {accumulation} x "
+            f"{num_processes} processes x max_length {max_length} = {per_device * accumulation * unit} tokens, not "
+            f"global_batch_tokens {global_batch_tokens}; leave one of them out"
+        )
+    return per_device, rows // per_device
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

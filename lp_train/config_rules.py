@@ -1,0 +1,112 @@
+"""Rules of a configuration that a type cannot express. Each gives lines: the value, the rule, the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lp_train.errors import UserError
+from lp_train.pairing.plan import PairPlan
+from lp_train.trainer_options import SAFE_INIT
+
+if TYPE_CHECKING:
+    from lp_train.config import Config, LossConfig, Source
+
+_TEACHER = "without adapters the model must be the original, its teacher, and this may change it"
+_ANY_MODEL = 10_000  # layers: the plan's form is checked here, its range when the model is known
+
+
+def broken_rules(config: Config) -> list[str]:
+    """One line per broken rule of a configuration whose values have the right types."""
+    rules = (_plan, _lora, _loss, _data, _train, _evaluate)
+    return [line for rule in rules for line in rule(config)]
+
+
+def _plan(config: Config) -> Iterator[str]:
+    if config.plan.pairs is not None:
+        try:
+            PairPlan.parse(config.plan.pairs, num_layers=_ANY_MODEL)
+        except UserError as error:
+            yield str(error)
+    if config.tune == "full" and config.model.quantization:
+        yield "tune 'full': quantised weights cannot be trained; use tune: lora, or model.quantization: null"
+
+
+def _lora(config: Config) -> Iterator[str]:
+    lora = config.lora
+    init = lora.get("init_lora_weights", True)
+    if init not in SAFE_INIT:
+        yield f"lora.init_lora_weights {init!r}: {_TEACHER}; use true, gaussian, orthogonal or eva"
+    if lora.get("bias", "none") != "none":
+        yield f"lora.bias {lora['bias']!r}: {_TEACHER}; use none, or lora_bias: true"
+    for name in lora.get("modules_to_save") or []:
+        if name.rpartition(".")[2] in ("lm_head", "embed_tokens"):
+            yield f"lora.modules_to_save {name!r}: teacher and student share the head and embeddings; leave it out"
+    if lora["r"] < 1:
+        yield f"lora.r {lora['r']}: a rank is at least 1, for example 16"
+
+
+def _loss(config: Config) -> Iterator[str]:
+    loss: LossConfig = config.loss
+    weights = {"kd": loss.kd, "ce": loss.ce, "hidden": loss.hidden}
+    for name, weight in weights.items():
+        if not weight >= 0:
+            yield f"loss.{name} {weight}: a weight is 0 or more, for example 1.0"
+    if not any(weights.values()):
+        yield "loss.kd, loss.ce, loss.hidden are all 0: nothing would be trained; set loss.kd 1.0"
+    if not 0 <= loss.beta <= 1:
+        yield f"loss.beta {loss.beta}: between 0 (forward KL) and 1 (reverse KL), for example 0.0"
+    if not loss.temperature > 0:
+        yield f"loss.temperature {loss.temperature}: must be above 0, for example 1.0"
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.train is None:
+        return
+    if not data.train:
+        yield "data.train []: no source; give at least one, for example builtin:pydocs"
+    if not 0 < data.eval_fraction < 1:
+        yield f"data.eval_fraction {data.eval_fraction}: a share above 0 and below 1, for example 0.02"
+    for role in ("train", "eval", "calibration"):
+        yield from _weights(getattr(data, role) or [], f"data.{role}")
+    if any(s.streaming for s in data.train) and "num_train_epochs" in config.train:
+        yield "train.num_train_epochs: a streamed source has no known length; give train.max_steps instead"
+
+
+def _weights(sources: list[Source], where: str) -> Iterator[str]:
+    weights = [s.weight for s in sources]
+    if None in weights and any(w is not None for w in weights):
+        yield f"{where}: source {weights.index(None)} has no weight and others have; give all of them one, or none"
+    for i, weight in enumerate(weights):
+        if weight is not None and not weight > 0:
+            yield f"{where}.{i}.weight {weight}: a share is above 0; remove the source, or give for example 0.25"
+
+
+def _train(config: Config) -> Iterator[str]:
+    train = config.train
+    for name in (
+        "max_steps",
+        "max_steps_float32",
+        "num_train_epochs",
+        "global_batch_tokens",
+        "max_length",
+        "learning_rate",
+    ):
+        if name in train and not train[name] > 0:
+            yield f"train.{name} {train[name]}: must be above 0"
+    given = [n for n in ("max_steps", "num_train_epochs") if n in train]
+    if not given:
+        yield "train.max_steps: missing; give train.max_steps or train.num_train_epochs"
+    if len(given) == 2:
+        yield "train.max_steps and train.num_train_epochs: both given; set one of them to null"
+    tokens, length = train["global_batch_tokens"], train["max_length"]
+    if tokens > 0 and length > 0 and tokens % length:
+        low = max(tokens // length, 1) * length
+        yield f"train.global_batch_tokens {tokens}: not a multiple of max_length {length}; use {low} or {low + length}"
+
+
+def _evaluate(config: Config) -> Iterator[str]:
+    for name in ("tokens", "batch_size", "max_new_tokens"):
+        if getattr(config.evaluate, name) < 1:
+            yield f"evaluate.{name} {getattr(config.evaluate, name)}: must be at least 1"

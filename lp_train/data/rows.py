@@ -1,0 +1,216 @@
+"""Packed rows for training and evaluation, and the collator that makes batches of them."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
+
+from lp_train.config import DataConfig
+from lp_train.data.mixture import Drawn, draw_eval, draw_train, separate
+from lp_train.data.tokens import Encoder, Tokens
+from lp_train.errors import UserError
+
+IGNORED = -100  # Transformers' label of a position that is not trained
+MAX_DROPPED = 0.01  # of all tokens
+
+
+@dataclass(frozen=True)
+class DataStats:
+    """What stands in the data. Tokens count documents, not padding; ``sources`` holds training tokens by path.
+
+    ``trained_tokens`` are the labels that are not -100, in training rows. ``dropped_tokens`` were cut off by
+    ``data.truncate``. ``excluded_documents`` were met in training sources and also stand in eval or calibration.
+    """
+
+    documents: int
+    tokens: int
+    trained_tokens: int
+    dropped_tokens: int
+    rows: int
+    eval_documents: int
+    eval_tokens: int
+    eval_trained_tokens: int
+    eval_rows: int
+    excluded_documents: int
+    sources: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures, for a report."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Packed rows: columns ``input_ids``, ``labels``, ``seq_lengths`` and, where they differ, ``ce_labels``."""
+
+    train: Dataset
+    eval: Dataset
+    stats: DataStats
+
+
+def build_data(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    train_tokens: int | None,
+    eval_tokens: int,
+    kd_on: Literal["completion", "all"],
+    seed: int,
+    cache_dir: Path | None = None,
+) -> Data:
+    """Reads, splits, tokenises and packs the data of a run.
+
+    Reading stops once there are ``train_tokens`` tokens (None: everything is read) and ``eval_tokens`` held-out ones.
+    Rows hold up to ``max_length`` tokens of whole documents; longer documents are split. ``labels`` are the tokens
+    themselves where they are trained (``kd_on`` all: everywhere), else -100, as is the first token of every piece,
+    which nothing predicts. With ``kd_on`` all and masked documents, ``ce_labels`` are those of "completion".
+    ``cache_dir`` is where ``builtin:pydocs`` is kept.
+
+    Raises:
+        UserError: sources that cannot be read or overlap; no token, no trained token, no evaluation text; more than
+            1 % of the tokens lost without ``data.truncate``.
+    """
+    encoder = Encoder(tokenizer, max_length if data.truncate else None)
+    views = separate(data, cache_dir)
+    held_out = draw_eval(views.eval, encoder, eval_tokens, seed)
+    if not held_out:
+        raise UserError(_no_eval_message(data))
+    drawn = draw_train(views.train, encoder, train_tokens, seed)
+    documents = [document for _, document in drawn]
+    if not documents:
+        raise UserError("data.train: zero tokens; all documents are empty, held out, or also in data.eval")
+    two_labels = kd_on == "all" and any(document.masked for document in documents + held_out)
+    train, evaluation = (
+        _label(pack(part, max_length), train_all=kd_on == "all", two_labels=two_labels)
+        for part in (documents, held_out)
+    )
+    stats = _count(data, drawn, held_out, train, evaluation, len(views.excluded))
+    _check(stats, data.truncate)
+    return Data(train, evaluation, stats)
+
+
+def pack(documents: list[Tokens], max_length: int) -> Dataset:
+    """Packs documents into rows of up to ``max_length`` tokens: ``input_ids``, ``trained``, ``seq_lengths``."""
+    ends = np.cumsum([0] + [len(document.ids) for document in documents])
+    # The narrow type on purpose: more than 2^31 tokens in memory is an error here and not an overflow.
+    offsets = pa.array(ends, pa.int32())
+    columns = {
+        "input_ids": pa.ListArray.from_arrays(offsets, np.concatenate([document.ids for document in documents])),
+        "trained": pa.ListArray.from_arrays(offsets, np.concatenate([document.trained for document in documents])),
+    }
+    return pack_dataset(Dataset(pa.table(columns)), max_length, "bfd_split", {"desc": "packing"})
+
+
+def _label(packed: Dataset, train_all: bool, two_labels: bool) -> Dataset:
+    """Replaces ``trained`` by labels."""
+    table = packed.with_format("arrow")[:].combine_chunks()
+    rows = {name: table.column(name).combine_chunks() for name in ("input_ids", "trained", "seq_lengths")}
+    flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in rows.items()}
+    ids, lengths = flat["input_ids"], flat["seq_lengths"]
+    starts = np.cumsum(lengths) - lengths
+    offsets = pa.array(np.cumsum([0, *rows["input_ids"].value_lengths().to_numpy()]), pa.int32())
+
+    def labels(trained: np.ndarray) -> pa.ListArray:
+        values = np.where(trained, ids, IGNORED).astype(np.int32)
+        values[starts] = IGNORED
+        return pa.ListArray.from_arrays(offsets, values)
+
+    columns = {
+        "input_ids": rows["input_ids"],
+        "labels": labels(np.ones(len(ids), bool) if train_all else flat["trained"]),
+        "seq_lengths": rows["seq_lengths"],
+    }
+    if two_labels:
+        columns["ce_labels"] = labels(flat["trained"])
+    return Dataset(pa.table(columns))
+
+
+def _count(
+    data: DataConfig, drawn: Drawn, held_out: list[Tokens], train: Dataset, evaluation: Dataset, excluded: int
+) -> DataStats:
+    by_source = dict.fromkeys((source.path for source in data.train), 0)
+    for number, document in drawn:
+        by_source[data.train[number].path] += len(document.ids)
+    lost = sum(by_source.values()) - _tokens(train)
+    return DataStats(
+        documents=len(drawn),
+        tokens=_tokens(train),
+        trained_tokens=_trained(train),
+        dropped_tokens=sum(document.dropped for _, document in drawn) + lost,
+        rows=len(train),
+        eval_documents=len(held_out),
+        eval_tokens=_tokens(evaluation),
+        eval_trained_tokens=_trained(evaluation),
+        eval_rows=len(evaluation),
+        excluded_documents=excluded,
+        sources=by_source,
+    )
+
+
+def _flat(rows: Dataset, column: str) -> np.ndarray:
+    return rows.with_format("arrow")[column].combine_chunks().flatten().to_numpy()
+
+
+def _tokens(rows: Dataset) -> int:
+    return int(_flat(rows, "seq_lengths").sum())
+
+
+def _trained(rows: Dataset) -> int:
+    return int((_flat(rows, "labels") != IGNORED).sum())
+
+
+def _check(stats: DataStats, truncate: bool) -> None:
+    for name, trained in (("train", stats.trained_tokens), ("eval", stats.eval_trained_tokens)):
+        if not trained:
+            raise UserError(
+                f"data.{name}: zero trained tokens (no assistant turn or completion, or only one-token documents); "
+                "check the roles, or set loss.kd_on all"
+            )
+    share = stats.dropped_tokens / (stats.tokens + stats.dropped_tokens)
+    if share > MAX_DROPPED and not truncate:
+        raise UserError(f"data.train: packing lost {share:.1%} of the tokens (at most 1 %); set data.truncate true")
+
+
+def _no_eval_message(data: DataConfig) -> str:
+    if data.eval is not None:
+        return "data.eval: no evaluation row; its documents are empty or all in data.calibration"
+    return (
+        f"data.eval_fraction {data.eval_fraction}: no document of data.train is held out by its hash; "
+        "raise the fraction, or give data.eval"
+    )
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Pads rows to ``max_length``: ``input_ids``, ``labels``, ``position_ids`` (and ``ce_labels``), [B, T] int64.
+
+    ``position_ids`` restart at 0 with every document and at every padding token. Given those, ``use_cache=False`` and
+    no attention mask, Transformers keeps the documents of a row apart (``find_packed_sequence_indices`` in its
+    ``masking_utils``); with a mask or a cache it would not, so none is returned.
+    """
+
+    max_length: int
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {"input_ids": self._pad([row["input_ids"] for row in rows], self.pad_token_id)}
+        for name in ("labels", "ce_labels"):
+            if name in rows[0]:
+                batch[name] = self._pad([row[name] for row in rows], IGNORED)
+        positions = [np.concatenate([np.arange(length) for length in row["seq_lengths"]]) for row in rows]
+        batch["position_ids"] = self._pad(positions, 0)
+        return batch
+
+    def _pad(self, values: list[Any], filler: int) -> torch.Tensor:
+        padded = np.full((len(values), self.max_length), filler, np.int64)
+        for row, value in zip(padded, values, strict=True):
+            row[: len(value)] = value
+        return torch.from_numpy(padded)

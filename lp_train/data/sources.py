@@ -1,0 +1,205 @@
+"""Sources of text: local files, hub datasets and ``builtin:pydocs``, as documents in a seeded order."""
+
+import dataclasses
+import hashlib
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import datasets
+from trl import maybe_convert_to_chatml
+
+from lp_train.config import Source
+from lp_train.data.files import Row, find_files, is_local, read_rows
+from lp_train.data.pydocs import load_pydocs
+from lp_train.errors import UserError
+
+Role = Literal["train", "eval", "calibration"]
+Rows: TypeAlias = Sequence[Row] | datasets.Dataset | datasets.IterableDataset
+
+PYDOCS = "builtin:pydocs"
+# ShareGPT's names: TRL renames the keys "from" and "value" but leaves these, and no chat template knows them.
+_ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One document, in one of three forms.
+
+    Plain text: ``text``. Prompt and completion: ``prompt`` and ``text``, the completion. Chat: ``messages`` (``role``
+    and ``content`` each), of which the first ``context`` are a prompt and never trained.
+    """
+
+    text: str = ""
+    prompt: str | None = None
+    messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    context: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.text and not self.messages
+
+    @property
+    def size(self) -> int:
+        """Roughly its number of characters."""
+        return len(self.text) + len(self.prompt or "") + sum(len(str(m.get("content"))) for m in self.messages)
+
+    @property
+    def key(self) -> bytes:
+        """Hash of the text whose runs of whitespace are one space: equal for texts that count as the same."""
+        contents = [str(message.get("content") or "") for message in self.messages]
+        words = " ".join([self.prompt or "", self.text, *contents]).split()
+        return hashlib.blake2b(" ".join(words).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenSource:
+    """A source with its rows at hand, or with the means to stream them.
+
+    ``identity`` names where the rows come from, so that two roles with a common row source are found out; empty where
+    the roles cannot meet. ``keep`` says by a document's key whether it belongs to this view of the source.
+    """
+
+    source: Source
+    label: str
+    identity: frozenset[str]
+    rows: Rows
+    columns: dict[str, str]
+    keep: Callable[[bytes], bool] | None = None
+
+    @property
+    def streamed(self) -> bool:
+        return isinstance(self.rows, datasets.IterableDataset)
+
+    def only(self, keep: Callable[[bytes], bool]) -> "OpenSource":
+        """This source without the documents whose key ``keep`` refuses."""
+        return dataclasses.replace(self, keep=keep)
+
+    def order(self, seed: int) -> list[int]:
+        """A permutation of the rows' numbers. Not for a streamed source, whose length is not known."""
+        return random.Random(seed).sample(range(len(self.rows)), len(self.rows))
+
+    def shuffled(self, seed: int) -> Iterator[Document]:
+        """The documents once, in an order fixed by the seed (a streamed source: through a buffer of 1,000)."""
+        if isinstance(self.rows, datasets.IterableDataset):
+            return self._kept(self.rows.shuffle(seed=seed, buffer_size=1000))
+        return self._kept(self.rows[number] for number in self.order(seed))
+
+    def numbered(self, number: int) -> Iterator[Document]:
+        """The document of row ``number`` if it belongs to this view, else nothing."""
+        return self._kept([self.rows[number]])
+
+    def _kept(self, rows: Iterable[Row]) -> Iterator[Document]:
+        for row in rows:
+            document = _document(row, self.columns, self.label)
+            if not document.is_empty and (self.keep is None or self.keep(document.key)):
+                yield document
+
+
+def open_source(source: Source, role: Role, cache_dir: Path | None = None) -> OpenSource:
+    """Finds the rows and the columns of a source. ``builtin:pydocs`` gives each role a part of its own.
+
+    Raises:
+        UserError: a path, pattern, file, hub dataset or column that is not there, or a file that cannot be read.
+    """
+    label = f"data.{role} {source.path}"
+    try:
+        identity, rows = _rows(source, role, cache_dir)
+        first = next(iter(rows), None)
+        if first is None:
+            raise UserError(f"{source.path}: no rows; check the split ({source.split}) and the revision")
+    except UserError as error:
+        raise UserError(f"data.{role} {error}") from None
+    return OpenSource(source, label, identity, rows, _find_columns(source, list(first), label))
+
+
+def _rows(source: Source, role: Role, cache_dir: Path | None) -> tuple[frozenset[str], Rows]:
+    if source.path == PYDOCS:
+        return frozenset(), load_pydocs(role, cache_dir)
+    if not is_local(source.path):
+        return frozenset([f"{source.path}:{source.name}:{source.split}"]), _load_from_hub(source)
+    files = find_files(source.path)
+    identity = frozenset(str(file.resolve()) for file in files)
+    if source.streaming:
+        # The list of files is read as a list of shards, which are then shuffled too.
+        return identity, datasets.IterableDataset.from_generator(read_rows, gen_kwargs={"files": files})
+    return identity, list(read_rows(files))
+
+
+def _load_from_hub(source: Source) -> datasets.Dataset | datasets.IterableDataset:
+    try:
+        return datasets.load_dataset(
+            source.path, source.name, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE")
+        state = f"HF_HUB_OFFLINE is {offline}, so only cached data sets are found" if offline else "check the network"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{source.path}: the hub dataset did not load ({reason}); check name and split; {state}"
+        ) from None
+
+
+def _find_columns(source: Source, names: list[str], label: str) -> dict[str, str]:
+    """Which column plays which part: ``{"text"|"messages"|"prompt"|"completion": column}``; options go first."""
+    given = {
+        "messages": source.messages_column,
+        "prompt": source.prompt_column,
+        "completion": source.completion_column,
+        "text": source.text_column,
+    }
+    chosen = {part: column for part, column in given.items() if column}
+    if "prompt" in chosen or "completion" in chosen:
+        chosen = {"prompt": "prompt", "completion": "completion"} | chosen
+    if not chosen:
+        forms = [["messages"], ["conversations"], ["prompt", "completion"], ["text"]]
+        form = next((form for form in forms if set(form) <= set(names)), [])
+        chosen = {"messages" if name == "conversations" else name: name for name in form}
+    if not chosen:
+        raise UserError(
+            f"{label}: no column messages, conversations, prompt and completion, or text; it has {', '.join(names)}; "
+            "name one with text_column or messages_column"
+        )
+    for part, column in chosen.items():
+        if column not in names:
+            raise UserError(f"{label}: no column {column!r} for the {part}; it has {', '.join(names)}")
+    return chosen
+
+
+def _document(row: Row, columns: dict[str, str], label: str) -> Document:
+    missing = [column for column in columns.values() if column not in row]
+    if missing:
+        raise UserError(f"{label}: a row has no column {missing[0]!r}, only {', '.join(row)}; give all rows the same")
+    parts = {part: row[column] for part, column in columns.items()}
+    if "messages" in parts:
+        return Document(messages=_messages(parts["messages"], label))
+    if isinstance(parts.get("prompt"), list):
+        prompt, completion = _messages(parts["prompt"], label), _messages(parts["completion"], label)
+        return Document(messages=prompt + completion, context=len(prompt))
+    for part, value in parts.items():
+        if not isinstance(value, str | None):
+            name = type(value).__name__
+            raise UserError(
+                f"{label}: column {columns[part]!r} holds a {name}, not text; set messages_column for chats"
+            )
+    return Document(text=parts.get("text") or parts.get("completion") or "", prompt=parts.get("prompt"))
+
+
+def _messages(value: Any, label: str) -> list[dict[str, Any]]:
+    """Messages with ``role`` and ``content``, from those or from ``from`` and ``value``."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise UserError(f"{label}: messages must be a list of {{role, content}}; a row holds {str(value)[:60]!r}")
+    # A copy: TRL's function changes the messages it is given.
+    messages = maybe_convert_to_chatml({"messages": [dict(message) for message in value]})["messages"]
+    for message in messages:
+        if "role" not in message or "content" not in message:
+            raise UserError(
+                f"{label}: a message has {', '.join(message)}; it needs role and content (or from and value)"
+            )
+        message["role"] = _ROLE_NAMES.get(message["role"], message["role"])
+        message["content"] = message["content"] or ""
+    return messages

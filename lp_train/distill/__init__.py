@@ -1,0 +1,1 @@
+"""Distillation of a paired model from the same weights run in order."""

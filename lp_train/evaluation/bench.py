@@ -1,0 +1,52 @@
+"""The held-out text of one run and how it is measured: the same rows, precision and processes for every model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lp_train.config import Config
+from lp_train.data import Data
+from lp_train.evaluation.answers import answer
+from lp_train.evaluation.fidelity import Fidelity, Variant, measure
+
+
+@dataclass(frozen=True)
+class Bench:
+    config: Config
+    data: Data
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]]
+    state: PartialState
+    dtype: torch.dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """As in training: float32 adapters beside half-precision weights compute in half precision."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.state.device.type, dtype=self.dtype if enabled else None, enabled=enabled)
+
+    def measure(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, Fidelity]:
+        """The original (``sequential``) and each variant on the run's held-out rows; all processes take part."""
+        size, state = self.config.evaluate.batch_size, self.state
+        return measure(
+            model, self.data.eval, self.collate, size, variants, self.autocast, state.process_index, state.num_processes
+        )
+
+    def answers(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, variants: Mapping[str, Variant]
+    ) -> dict[str, str]:
+        """``evaluate.prompt`` answered by each variant, on the main process; empty without a prompt."""
+        prompt = self.config.evaluate.prompt
+        if prompt is None or not self.state.is_main_process:
+            return {}
+        found = {"prompt": prompt}
+        for name, variant in variants.items():
+            with variant(model), self.autocast():
+                found[name] = answer(model, tokenizer, self.config.evaluate)
+        return found

@@ -1,0 +1,311 @@
+"""Pairs the layers of a pretrained model and wins back what that costs, by distillation from the same weights in order.
+
+    accelerate launch lp_train/finetune.py configs/demo.yaml
+    accelerate launch lp_train/finetune.py configs/llama8b.yaml train.learning_rate=3e-4 --dry-run
+
+Two steps on a CPU, to see it run:
+
+    accelerate launch lp_train/finetune.py configs/demo.yaml train.max_steps=2 evaluate.tokens=2048 --overwrite
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the launcher puts this folder first, where our names would hide those of libraries
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != here)]
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import argparse
+import dataclasses
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import SFTConfig
+
+from lp_train import models, track
+from lp_train.adapters import attach, count_parameters
+from lp_train.config import Config, config_to_yaml, load_config
+from lp_train.data import Data, RowCollator, build_data
+from lp_train.distill.arguments import training_arguments
+from lp_train.distill.callbacks import Console, MetricsFile
+from lp_train.distill.trainer import PairedTrainer, peak_memory_gib
+from lp_train.dry_run import dry_run
+from lp_train.errors import UserError
+from lp_train.estimate import peak_flops, train_flops_per_token
+from lp_train.evaluation import report as reports
+from lp_train.evaluation.bench import Bench
+from lp_train.evaluation.fidelity import Fidelity, as_it_is
+from lp_train.pairing import PairPlan, adapters_off, in_order, keep_originals, pair_layers, sequential
+from lp_train.pairing.families import check_family
+from lp_train.run_folder import checkpoint_to_resume, open_run_folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, runs, and returns the exit code: 2 for a mistake of the user, told in one line."""
+    parser = argparse.ArgumentParser(
+        prog="finetune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. train.max_steps=100")
+    parser.add_argument("--dry-run", action="store_true", help="draw the plan and the costs; load no weights")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the run folder")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    options = parser.parse_intermixed_args(arguments)
+    quieten_libraries()
+    try:
+        run(load_config(options.config, options.overrides), options)
+    except UserError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
+        return 2
+    return 0
+
+
+def quieten_libraries() -> None:
+    """Hides what libraries say about themselves; what they say about the run stays."""
+    warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT, of a base that is no hub model
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def use_all_cores(state: PartialState) -> None:
+    """``accelerate launch`` sets one thread per process where nobody chose; alone on a CPU that leaves cores idle."""
+    launched, alone = "ACCELERATE_MIXED_PRECISION" in os.environ, state.num_processes == 1
+    if launched and alone and state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(os.cpu_count() or 1)
+
+
+def run(config: Config, options: argparse.Namespace) -> None:
+    if options.print_config:
+        return print(config_to_yaml(config), end="")
+    state = PartialState(cpu=models.device().type == "cpu")
+    use_all_cores(state)
+    if not options.dry_run:
+        finetune(config, state, options.resume, options.overwrite)
+    elif state.is_main_process:
+        dry_run(config, state.num_processes)
+
+
+def finetune(config: Config, state: PartialState, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """The whole recipe. Returns the report that it writes to the run folder."""
+    say = functools.partial(print, flush=True) if state.is_main_process else lambda *_: None
+
+    # what a user can get wrong is looked at before weights are loaded
+    plan = check_model(config)
+    say(f"{config.name}: {config.model.name_or_path}, {plan}")
+    folder = open_run_folder(config, state, resume, overwrite)
+    dtype = models.resolve_dtype(config.model.dtype, state.device)
+    report_to = track.start(config.track, folder, config.name)
+    args = training_arguments(config, folder, state, dtype, report_to)
+    say(f"{state.num_processes} x {state.device.type} in {dtype}, {args.max_steps} steps".replace("torch.", ""))
+    tokenizer = models.load_tokenizer(config.model)
+    with state.main_process_first():
+        data = load_data(config, args, tokenizer)
+    say(f"data: {data.stats}")
+
+    # the model in pairs, with something to train in them
+    bench = Bench(config, data, RowCollator(args.max_length, tokenizer.pad_token_id), state, dtype)
+    extra = unquantised_original(config, plan, bench) if config.model.quantization else {}
+    set_seed(args.seed)
+    model = build_model(config, plan, state.device)
+    trainable, everything = count_parameters(model)
+    say(f"trains {trainable:,} of {everything:,} parameters")
+
+    # before training: the original, and what pairing costs
+    before = bench.measure(model, {"paired": adapters_off})
+    original, paired = before["sequential"], before["paired"]
+    say(f"held-out nll: original {original.nll:.4f}, paired {paired.nll:.4f} (kl {paired.kl:.4f})")
+    answers = bench.answers(model, tokenizer, {"sequential": sequential, "paired": adapters_off})
+
+    latest: list[Fidelity] = []
+
+    def held_out() -> dict[str, float | None]:
+        now = bench.measure(model, {"recovered": as_it_is})["recovered"]
+        latest[:] = [now]
+        won = {f"recovery_{name}": value for name, value in reports.recovery(original, paired, now).items()}
+        return {**now.as_dict(), **won}
+
+    trainer = make_trainer(model, args, config, plan, bench, tokenizer, held_out)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(folder, model, resume))
+
+    # after: what came back, and everything on disk
+    recovered = (
+        latest[0]
+        if latest and args.eval_strategy != "no"
+        else bench.measure(model, {"recovered": as_it_is})["recovered"]
+    )
+    answers |= bench.answers(model, tokenizer, {"recovered": as_it_is})
+    figures = {"sequential": original, "paired": paired, "recovered": recovered}
+    report = make_report(config, plan, figures, trainer, data, state) | extra | {"sample": answers or None}
+    if state.is_main_process:
+        save_result(model, tokenizer, config, folder, report)
+    if config.loss.ce > 0:
+        del model
+        report["control"] = train_control(config, plan, args, bench, tokenizer).as_dict()
+    if state.is_main_process:
+        reports.write_report(folder, report, trainer.state.log_history, config.train["global_batch_tokens"])
+        track.finish(report)
+    say(f"\n{reports.table(report)}\n\n{reports.sentence(report)}\n")
+    if answers:
+        say(reports.answers(answers) + "\n")
+    say(f"report {folder}/report.md, plot {folder}/plots/recovery.png, adapter {result_folder(config, folder)}/")
+    return report
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+def check_model(config: Config) -> PairPlan:
+    """The plan, checked against the model's published configuration."""
+    model_config = models.load_model_config(config.model).get_text_config()
+    check_family(model_config.model_type)
+    return PairPlan.parse(config.plan.pairs, num_layers=model_config.num_hidden_layers)
+
+
+def load_data(config: Config, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    return build_data(
+        config.data,
+        tokenizer,
+        max_length=args.max_length,
+        train_tokens=args.max_steps * config.train["global_batch_tokens"] if args.max_steps > 0 else None,
+        eval_tokens=config.evaluate.tokens,
+        kd_on=config.loss.kd_on,
+        seed=args.seed,
+    )
+
+
+def build_model(config: Config, plan: PairPlan, device: torch.device) -> nn.Module:
+    """The base in pairs, with adapters or unfrozen layers, and the record of plan and base in its config."""
+    model = pair_layers(models.load_base(config.model, device), plan, config.plan.algebra)
+    if config.tune == "full":
+        keep_originals(model)
+    model = attach(model, plan, config)
+    models.stamp(model, config.model)
+    return model
+
+
+def make_trainer(
+    model: nn.Module,
+    args: SFTConfig,
+    config: Config,
+    plan: PairPlan,
+    bench: Bench,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Callable[[], dict[str, float | None]],
+) -> PairedTrainer:
+    trainer = PairedTrainer(
+        model=model,
+        args=args,
+        loss=config.loss,
+        train_dataset=bench.data.train,
+        eval_dataset=bench.data.eval,
+        collate=bench.collate,
+        tokenizer=tokenizer,
+        measure=held_out,
+        callbacks=[MetricsFile(Path(args.output_dir) / "metrics.jsonl")],
+        tokens_per_step=config.train["global_batch_tokens"],
+        flops_per_token=train_flops_per_token(model.config, plan, config, args.max_length),
+        peak_flops=peak_flops(bench.state.device),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Console)
+    return trainer
+
+
+def train_control(
+    config: Config, plan: PairPlan, args: SFTConfig, bench: Bench, tokenizer: PreTrainedTokenizerBase
+) -> Fidelity:
+    """The same training without pairs. Cross-entropy alone also moves the original, which recovery must not count."""
+    print("control: the same adapters and data, layers in order", flush=True)
+    folder = str(Path(args.output_dir) / "control")
+    args = dataclasses.replace(args, output_dir=folder, report_to="none", eval_strategy="no", save_strategy="no")
+    set_seed(args.seed)
+    model = build_model(config, plan, bench.state.device)
+    with in_order(model):
+        make_trainer(model, args, config, plan, bench, tokenizer, dict).train()
+        return bench.measure(model, {"control": as_it_is})["control"]
+
+
+def unquantised_original(config: Config, plan: PairPlan, bench: Bench) -> dict[str, Any]:
+    """The NLL of the original before quantisation, from weights that are let go again."""
+    full = dataclasses.replace(config.model, quantization=None)
+    model = pair_layers(models.load_base(full, bench.state.device), plan, config.plan.algebra)
+    return {"unquantised": {"nll": bench.measure(model, {})["sequential"].nll}}
+
+
+def make_report(
+    config: Config,
+    plan: PairPlan,
+    figures: dict[str, Fidelity],
+    trainer: PairedTrainer,
+    data: Data,
+    state: PartialState,
+) -> dict[str, Any]:
+    tokens, seconds = trainer.state.global_step * config.train["global_batch_tokens"], trainer.seconds
+    return {
+        "name": config.name,
+        "plan": {
+            "pairs": [list(pair) for pair in plan.pairs],
+            "algebra": config.plan.algebra,
+            "num_layers": plan.num_layers,
+        },
+        "effective_depth": plan.effective_depth,
+        **{name: fidelity.as_dict() for name, fidelity in figures.items()},
+        "gap": reports.gap(figures["sequential"], figures["paired"]),
+        "recovery": reports.recovery(figures["sequential"], figures["paired"], figures["recovered"]),
+        "train": {
+            "tokens": tokens,
+            "trained_tokens": int(trainer.trained_tokens),
+            "dropped_tokens": data.stats.dropped_tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_gib": peak_memory_gib(),
+        },
+        "evaluation": {
+            "tokens": int(figures["paired"].tokens.sum()),
+            "rows": len(figures["paired"].tokens),
+        },
+        "data": data.stats.as_dict(),
+        "environment": reports.environment(state.device),
+    }
+
+
+def result_folder(config: Config, folder: Path) -> Path:
+    return folder / ("adapter" if config.tune == "lora" else "model")
+
+
+def save_result(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config, folder: Path, report: dict[str, Any]
+) -> None:
+    """``adapter/`` (PEFT's format) or ``model/``, with the tokenizer and a card, whole or not at all."""
+    if config.tune == "full":
+        model = model.to(models.resolve_dtype(config.model.dtype))
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        (target / "README.md").write_text(reports.model_card(report, config.model.name_or_path))
+
+    models.write_folder(result_folder(config, folder), write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

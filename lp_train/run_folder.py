@@ -1,0 +1,51 @@
+"""The folder of one run: opened, resumed, and never mixed with another."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from accelerate import PartialState
+from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from lp_train.config import Config, config_to_yaml
+from lp_train.errors import UserError
+from lp_train.models import check_stamp
+
+CONFIG = "resolved_config.yaml"  # written first; it marks a folder as ours
+
+
+def open_run_folder(config: Config, state: PartialState, resume: bool, overwrite: bool) -> Path:
+    """``train.output_dir``, empty or to be resumed, with the resolved configuration in it.
+
+    Raises:
+        UserError: not empty and neither resume nor overwrite; overwrite of a folder that no run wrote.
+    """
+    folder = Path(config.train["output_dir"]).expanduser()
+    if state.is_main_process:
+        if folder.exists() and any(folder.iterdir()) and not resume:
+            _clear(folder, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(config_to_yaml(config))
+    state.wait_for_everyone()
+    return folder
+
+
+def _clear(folder: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise UserError(
+            f"train.output_dir {str(folder)!r}: not empty; go on with --resume, delete it with --overwrite, "
+            "or name another"
+        )
+    if not (folder / CONFIG).exists():
+        raise UserError(f"train.output_dir {str(folder)!r}: no run wrote this folder, so --overwrite leaves it alone")
+    shutil.rmtree(folder)
+
+
+def checkpoint_to_resume(folder: Path, model: nn.Module, resume: bool) -> str | None:
+    """The newest checkpoint, after checking that it is of this base and plan; None to start from the beginning."""
+    checkpoint = get_last_checkpoint(str(folder)) if resume else None
+    if checkpoint is not None:
+        check_stamp(Path(checkpoint), model)
+    return checkpoint
