@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, initialize_lora_eva_weights
 from torch import nn
 
 from lp_train.config import Config
@@ -41,6 +41,14 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
         available = sorted({name.rsplit(".", 1)[1] for name in projections(model, layers)})
         raise UserError(f"lora.target_modules {wanted!r}: matches no projection; there are {', '.join(available)}")
     return get_peft_model(model, LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def start_from_activations(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> None:
+    """``init_lora_weights: eva`` (arXiv 2410.07170): the adapters' A from the principal directions of their inputs.
+
+    The paired model reads the batches (``input_ids``, ``position_ids`` [B, T]); its output does not change.
+    """
+    initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
 
 
 def projections(model: nn.Module, layers: Any) -> Iterator[str]:

@@ -205,9 +205,8 @@ def print_rows(data: Data, tokenizer: Tokenizer) -> None:
     print(f"\ntraining rows, trained text {'in green' if colour else 'in [[ ]]'}:")
     for number, row in enumerate(itertools.islice(data.train, ROWS), start=1):
         trained = sum(label != IGNORED for label in row["labels"])
-        print(
-            f"\n  row {number}: {len(row['input_ids'])} tokens, {trained} trained, {len(row['seq_lengths'])} documents"
-        )
+        documents = f"{(n := len(row['seq_lengths']))} document{'s' if n > 1 else ''}"
+        print(f"\n  row {number}: {len(row['input_ids'])} tokens, {trained} trained, {documents}")
         print(f"  {mark(row, tokenizer, colour)}")
 
 

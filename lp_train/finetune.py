@@ -36,7 +36,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
 from lp_train import models, track
-from lp_train.adapters import attach, count_parameters
+from lp_train.adapters import attach, count_parameters, start_from_activations
 from lp_train.config import Config, config_to_yaml, load_config
 from lp_train.data import Data, RowCollator, build_data
 from lp_train.distill.arguments import training_arguments
@@ -121,10 +121,13 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     say(f"data: {data.stats}")
 
     # the model in pairs, with something to train in them
-    bench = Bench(config, data, RowCollator(args.max_length, tokenizer.pad_token_id), state, dtype)
+    bench = Bench(config, data, RowCollator(config.train["max_length"], tokenizer.pad_token_id), state, dtype)
     extra = unquantised_original(config, plan, bench) if config.model.quantization else {}
     set_seed(args.seed)
     model = build_model(config, plan, state.device)
+    if config.lora.get("init_lora_weights") == "eva":
+        with bench.autocast():
+            start_from_activations(model, bench.training_batches(args.per_device_train_batch_size, count=16))
     trainable, everything = count_parameters(model)
     say(f"trains {trainable:,} of {everything:,} parameters")
 
@@ -134,11 +137,10 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     say(f"held-out nll: original {original.nll:.4f}, paired {paired.nll:.4f} (kl {paired.kl:.4f})")
     answers = bench.answers(model, tokenizer, {"sequential": sequential, "paired": adapters_off})
 
-    latest: list[Fidelity] = []
+    measured_at: dict[int, Fidelity] = {}  # by step
 
     def held_out() -> dict[str, float | None]:
-        now = bench.measure(model, {"recovered": as_it_is})["recovered"]
-        latest[:] = [now]
+        now = measured_at[trainer.state.global_step] = bench.measure(model, {"recovered": as_it_is})["recovered"]
         won = {f"recovery_{name}": value for name, value in reports.recovery(original, paired, now).items()}
         return {**now.as_dict(), **won}
 
@@ -146,20 +148,19 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(folder, model, resume))
 
     # after: what came back, and everything on disk
-    recovered = (
-        latest[0]
-        if latest and args.eval_strategy != "no"
-        else bench.measure(model, {"recovered": as_it_is})["recovered"]
-    )
+    if trainer.state.global_step not in measured_at:
+        held_out()
+    recovered = measured_at[trainer.state.global_step]
     answers |= bench.answers(model, tokenizer, {"recovered": as_it_is})
     figures = {"sequential": original, "paired": paired, "recovered": recovered}
     report = make_report(config, plan, figures, trainer, data, state) | extra | {"sample": answers or None}
     if state.is_main_process:
-        save_result(model, tokenizer, config, folder, report)
+        save_result(model, tokenizer, config, folder)
     if config.loss.ce > 0:
-        del model
         report["control"] = train_control(config, plan, args, bench, tokenizer).as_dict()
     if state.is_main_process:
+        card = reports.model_card(report, config.model.name_or_path)
+        (result_folder(config, folder) / "README.md").write_text(card)
         reports.write_report(folder, report, trainer.state.log_history, config.train["global_batch_tokens"])
         track.finish(report)
     say(f"\n{reports.table(report)}\n\n{reports.sentence(report)}\n")
@@ -175,7 +176,12 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
 def check_model(config: Config) -> PairPlan:
     """The plan, checked against the model's published configuration."""
     model_config = models.load_model_config(config.model).get_text_config()
-    check_family(model_config.model_type)
+    family, attention = check_family(model_config.model_type), config.model.attn_implementation
+    if attention in family.wrong_attention:
+        raise UserError(
+            f"model.attn_implementation {attention!r}: leaves out a part of {model_config.model_type}'s attention; "
+            "use eager or flex_attention"
+        )
     return PairPlan.parse(config.plan.pairs, num_layers=model_config.num_hidden_layers)
 
 
@@ -183,7 +189,7 @@ def load_data(config: Config, args: SFTConfig, tokenizer: PreTrainedTokenizerBas
     return build_data(
         config.data,
         tokenizer,
-        max_length=args.max_length,
+        max_length=config.train["max_length"],
         train_tokens=args.max_steps * config.train["global_batch_tokens"] if args.max_steps > 0 else None,
         eval_tokens=config.evaluate.tokens,
         kd_on=config.loss.kd_on,
@@ -219,9 +225,9 @@ def make_trainer(
         collate=bench.collate,
         tokenizer=tokenizer,
         measure=held_out,
-        callbacks=[MetricsFile(Path(args.output_dir) / "metrics.jsonl")],
+        callbacks=[MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
         tokens_per_step=config.train["global_batch_tokens"],
-        flops_per_token=train_flops_per_token(model.config, plan, config, args.max_length),
+        flops_per_token=train_flops_per_token(model.config, plan, config, config.train["max_length"]),
         peak_flops=peak_flops(bench.state.device),
     )
     trainer.remove_callback(ProgressCallback)
@@ -235,7 +241,7 @@ def train_control(
 ) -> Fidelity:
     """The same training without pairs. Cross-entropy alone also moves the original, which recovery must not count."""
     print("control: the same adapters and data, layers in order", flush=True)
-    folder = str(Path(args.output_dir) / "control")
+    folder = f"{args.output_dir}/control"
     args = dataclasses.replace(args, output_dir=folder, report_to="none", eval_strategy="no", save_strategy="no")
     set_seed(args.seed)
     model = build_model(config, plan, bench.state.device)
@@ -292,17 +298,14 @@ def result_folder(config: Config, folder: Path) -> Path:
     return folder / ("adapter" if config.tune == "lora" else "model")
 
 
-def save_result(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config, folder: Path, report: dict[str, Any]
-) -> None:
-    """``adapter/`` (PEFT's format) or ``model/``, with the tokenizer and a card, whole or not at all."""
+def save_result(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config, folder: Path) -> None:
+    """``adapter/`` (PEFT's format) or ``model/``, with the tokenizer, whole or not at all."""
     if config.tune == "full":
         model = model.to(models.resolve_dtype(config.model.dtype))
 
     def write(target: Path) -> None:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-        (target / "README.md").write_text(reports.model_card(report, config.model.name_or_path))
 
     models.write_folder(result_folder(config, folder), write)
 

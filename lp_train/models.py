@@ -260,7 +260,7 @@ def _result_folder(path: str) -> Path:
     return folder
 
 
-def load(path: str, base: str | None = None, dtype: str = "auto") -> tuple[nn.Module, Tokenizer]:
+def load(path: str, base: str | None = None, dtype: Any = "auto") -> tuple[nn.Module, Tokenizer]:
     """The recovered, paired model of a run folder, adapter folder or hub id, in eval mode, and its tokenizer.
 
     ``base`` names the base model where it is not where it was in training; ``dtype`` as ``model.dtype``.

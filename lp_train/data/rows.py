@@ -1,6 +1,7 @@
 """Packed rows for training and evaluation, and the collator that makes batches of them."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,13 @@ class DataStats:
     eval_rows: int
     excluded_documents: int
     sources: dict[str, int]
+
+    def __str__(self) -> str:
+        left_out = f", {self.excluded_documents:,} documents left out of training" if self.excluded_documents else ""
+        return (
+            f"{self.tokens:,} tokens ({self.trained_tokens:,} trained) of {self.documents:,} documents in "
+            f"{self.rows:,} rows; held out {self.eval_tokens:,} tokens in {self.eval_rows:,} rows{left_out}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """All figures, for a report."""
@@ -200,7 +208,7 @@ class RowCollator:
     max_length: int
     pad_token_id: int
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {"input_ids": self._pad([row["input_ids"] for row in rows], self.pad_token_id)}
         for name in ("labels", "ce_labels"):
             if name in rows[0]:

@@ -40,7 +40,7 @@ class Console(ProgressCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log line to ``metrics.jsonl``. The last step is always logged: totals are brought up to date then."""
+    """Appends every log line to ``metrics.jsonl``; the last step always has one, with the final totals."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

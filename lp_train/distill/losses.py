@@ -90,10 +90,11 @@ def _chunk(student: Tensor, teacher: Tensor, labels: Tensor, head: Head, loss: L
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, head: Head, loss: LossConfig, rows: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad, kd_sum, ce_sum = torch.empty_like(student), 0.0, 0.0
+        grad = torch.empty_like(student)
+        kd_sum, ce_sum = student.new_zeros(2, dtype=torch.float32)
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)
             with torch.enable_grad():
@@ -107,7 +108,7 @@ class _HeadLoss(torch.autograd.Function):
         return loss.kd * kd_sum + loss.ce * ce_sum, kd_sum, ce_sum
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * grad_total, None, None, None, None, None
 
@@ -120,8 +121,8 @@ def head_loss(
     student, teacher: hidden states [N, D] after the final norm; labels [N], the next token, or -100 where there is no
     cross-entropy. Returns (total with gradient to ``student``, divergence, cross-entropy).
     """
-    if len(student) == 0:  # a micro-batch without a trained token still takes part in the backward of its peers
-        zero = student.sum().float()
+    if len(student) == 0 or not (loss.kd or loss.ce):  # such a micro-batch still takes part in its peers' backward
+        zero = 0.0 * student.sum().float()
         return zero, zero.detach(), zero.detach()
     return _HeadLoss.apply(student, teacher, labels, head, loss, rows or rows_per_chunk(student.device))
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
 
 from lp_train.pairing import plan_of, sequential
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing.families import check_family, decoder_of
 
 
 @dataclass
@@ -38,9 +39,24 @@ def run_original(model: nn.Module, inputs: dict[str, Tensor], keep_pair_outputs:
     recording = Recording(plan.first_layer)
     ends = [second for _, second in plan.pairs] if keep_pair_outputs else []
     with _recorded(decoder_of(model).layers, recording, ends), sequential(model):
-        out = decoder_of(model)(input_ids=inputs["input_ids"], position_ids=inputs.get("position_ids"), use_cache=False)
+        out = decoder_of(model)(
+            input_ids=inputs["input_ids"],
+            attention_mask=_masks(model, inputs),
+            position_ids=inputs.get("position_ids"),
+            use_cache=False,
+        )
     recording.final = out.last_hidden_state
     return recording
+
+
+def _masks(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """None, from which Transformers makes masks that keep packed documents apart; or those masks, where it does not."""
+    if check_family(model.config.model_type).masks_packed_rows or "position_ids" not in inputs:
+        return None
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    return create_masks_for_generate(
+        model.config, embeddings, attention_mask=None, past_key_values=None, position_ids=inputs["position_ids"]
+    )
 
 
 @contextlib.contextmanager

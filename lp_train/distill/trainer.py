@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class PairedTrainer(SFTTrainer):
         eval_dataset: Dataset,
         collate: Callable[[list[Any]], dict[str, Tensor]],
         tokenizer: PreTrainedTokenizerBase,
-        measure: Callable[[], dict[str, float]],
+        measure: Callable[[], Mapping[str, float | None]],
         callbacks: list[TrainerCallback],
         tokens_per_step: int,
         flops_per_token: float,
@@ -122,7 +122,8 @@ class PairedTrainer(SFTTrainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The held-out figures of :attr:`measure`, logged under ``eval_``."""
         started = time.perf_counter()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()}
+        found = self.measure().items()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found if value is not None}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self._since is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,12 @@ class Bench:
         """As in training: float32 adapters beside half-precision weights compute in half precision."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.state.device.type, dtype=self.dtype if enabled else None, enabled=enabled)
+
+    def training_batches(self, rows: int, count: int) -> Iterator[dict[str, Tensor]]:
+        """The first batches of the training rows, without labels, on the run's device; every process has the same."""
+        for start in range(0, min(rows * count, len(self.data.train)), rows):
+            batch = self.collate([self.data.train[i] for i in range(start, min(start + rows, len(self.data.train)))])
+            yield {name: batch[name].to(self.state.device) for name in ("input_ids", "position_ids")}
 
     def measure(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, Fidelity]:
         """The original (``sequential``) and each variant on the run's held-out rows; all processes take part."""

@@ -102,6 +102,7 @@ def _batch_sums(
 ) -> dict[str, Tensor]:
     """For the original and each variant: [B, 4] of tokens, NLL, KL and agreements, summed over each row."""
     recording = run_original(model, batch)
+    assert recording.final is not None
     hidden = {"sequential": recording.final}
     for name, variant in variants.items():
         with variant(model):

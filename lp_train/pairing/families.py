@@ -8,7 +8,7 @@ norms (and dropouts) of a branch stand. To add one: a line in ``FAMILIES`` and a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,11 @@ from lp_train.errors import UserError
 
 @dataclass(frozen=True)
 class Family:
-    """Names of a decoder layer's submodules around its ``self_attn`` and its ``mlp``; None where there is none."""
+    """Names of a decoder layer's submodules around its ``self_attn`` and its ``mlp``; None where there is none.
+
+    ``wrong_attention``: Transformers' attention implementations that compute something else for this family.
+    ``masks_packed_rows``: whether Transformers keeps documents of a row apart by their position ids.
+    """
 
     before_attention: str | None = "input_layernorm"
     after_attention: str | None = None
@@ -27,6 +31,8 @@ class Family:
     after_mlp: str | None = None
     attention_dropout: str | None = None
     mlp_dropout: str | None = None
+    wrong_attention: tuple[str, ...] = ()
+    masks_packed_rows: bool = True
 
     def attention_branch(self, layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """What the layer's attention adds to x [B, T, D]; kwargs: mask, rotary table, cache as the model gives."""
@@ -65,10 +71,10 @@ FAMILIES: dict[str, Family] = {  # by `config.model_type`
     "qwen3": PRE_NORM,
     "smollm3": PRE_NORM,
     "qwen3_moe": PRE_NORM,
-    "gpt_oss": PRE_NORM,
+    "gpt_oss": replace(PRE_NORM, wrong_attention=("sdpa",), masks_packed_rows=False),  # sdpa has no attention sinks
     "phi3": PRE_NORM_DROPOUT,
     "olmo2": POST_NORM,
-    "gemma2": SANDWICH_NORM,
+    "gemma2": replace(SANDWICH_NORM, wrong_attention=("sdpa",)),  # sdpa has no soft cap
     "gemma3_text": SANDWICH_NORM,
 }
 
