@@ -26,7 +26,7 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
     trainable, in float32; call ``pairing.keep_originals`` first.
 
     Raises:
-        UserError: ``lora.target_modules`` matches no projection.
+        UserError: ``lora.target_modules`` matches no projection, or PEFT refuses a value.
     """
     model.requires_grad_(False)
     if config.tune == "full":
@@ -40,7 +40,10 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
     if not targets:
         available = sorted({name.rsplit(".", 1)[1] for name in projections(model, layers)})
         raise UserError(f"lora.target_modules {wanted!r}: matches no projection; there are {', '.join(available)}")
-    return get_peft_model(model, LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM"))
+    try:
+        return get_peft_model(model, LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"lora: PEFT refuses it: {' '.join(str(error).split())}") from error
 
 
 def start_from_activations(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> None:

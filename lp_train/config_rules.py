@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,12 @@ def _lora(config: Config) -> Iterator[str]:
     for name in lora.get("modules_to_save") or []:
         if name.rpartition(".")[2] in ("lm_head", "embed_tokens"):
             yield f"lora.modules_to_save {name!r}: teacher and student share the head and embeddings; leave it out"
+    targets = lora.get("target_modules")
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield f"lora.target_modules {targets!r}: not a regular expression ({error}); write for example '.*_proj'"
     if lora["r"] < 1:
         yield f"lora.r {lora['r']}: a rank is at least 1, for example 16"
 

@@ -41,7 +41,7 @@ from lp_train.config import Config, config_to_yaml, load_config
 from lp_train.data import Data, RowCollator, build_data
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.callbacks import Console, MetricsFile
-from lp_train.distill.trainer import PairedTrainer, peak_memory_gib
+from lp_train.distill.trainer import PairedTrainer, TrainingDiverged, peak_memory_gib
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError
 from lp_train.estimate import peak_flops, train_flops_per_token
@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if options.debug:
             raise
+        if isinstance(error, TrainingDiverged):  # the progress bar has left its line open
+            print(file=sys.stderr)
         print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
         return 2
     return 0
@@ -182,6 +184,8 @@ def check_model(config: Config) -> PairPlan:
             f"model.attn_implementation {attention!r}: leaves out a part of {model_config.model_type}'s attention; "
             "use eager or flex_attention"
         )
+    if config.model.quantization:
+        models.require_bitsandbytes()
     return PairPlan.parse(config.plan.pairs, num_layers=model_config.num_hidden_layers)
 
 

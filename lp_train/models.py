@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -139,14 +140,18 @@ def resolve_dtype(dtype: str, where: torch.device | None = None) -> torch.dtype:
 
 
 def _from_hub(load: Callable[..., Any], config: ModelConfig, **kwargs: Any) -> Any:
-    path, where = resolve(config.name_or_path, config.revision)
     try:
+        path, where = resolve(config.name_or_path, config.revision)
         return load(path, trust_remote_code=config.trust_remote_code, **where, **kwargs)
-    except (OSError, HFValidationError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        remedy = "check its files and the other keys of the section model"
+        if isinstance(error, OSError | HFValidationError):
+            remedy = "check the name, the network (HF_HUB_OFFLINE), and access to gated weights (`hf auth login`)"
+        first_line = f"{error}\n".strip().partition("\n")[0]
         raise UserError(
-            f"model.name_or_path {config.name_or_path!r}: cannot be loaded ({first_line}); "
-            "check the name, the network (HF_HUB_OFFLINE), and access to gated weights (`hf auth login`)"
+            f"model.name_or_path {config.name_or_path!r}: cannot be loaded ({first_line}); {remedy}"
         ) from error
 
 
@@ -172,17 +177,28 @@ def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Modu
     dtype = resolve_dtype(config.dtype, where)
     kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
     if config.quantization == "nf4":
-        _require_bitsandbytes()
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
         kwargs["device_map"] = {"": where}
-    model = _from_hub(AutoModelForCausalLM.from_pretrained, config, use_safetensors=True, **kwargs)
+    kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _from_hub(AutoModelForCausalLM.from_pretrained, config, **kwargs)
+    _refuse_missing_weights(config, found)
     _keep_4bit_weights_trainable_through(model)
     return model.to(where).eval().requires_grad_(False) if config.quantization is None else model.eval()
 
 
-def _require_bitsandbytes() -> None:
+def _refuse_missing_weights(config: ModelConfig, found: dict[str, Any]) -> None:
+    """Transformers gives weights that a checkpoint lacks random values and says so in a warning only."""
+    lacking = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    if lacking:
+        raise UserError(
+            f"model.name_or_path {config.name_or_path!r}: {len(lacking)} weights are missing or of another shape, "
+            f"{lacking[0]} first; give the checkpoint that belongs to its config.json"
+        )
+
+
+def require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("model.quantization 'nf4': needs the package bitsandbytes; run `pip install -e .[quant]`")
 
@@ -256,7 +272,7 @@ def _result_folder(path: str) -> Path:
         if (folder / name).is_dir():
             return folder / name
     if (folder / "resolved_config.yaml").exists():
-        raise UserError(f"{path!r}: this run has not finished: no adapter/ in it yet; run its command again to resume")
+        raise UserError(f"{path!r}: this run has not finished: no adapter/ in it yet; run its command again with --resume")
     return folder
 
 
@@ -268,7 +284,8 @@ def load(path: str, base: str | None = None, dtype: Any = "auto") -> tuple[nn.Mo
     Raises:
         UserError: nothing there, no plan stored with it, or another base than it was made for.
     """
-    folder = _result_folder(str(path))
+    path = str(path)
+    folder = _result_folder(path)
     has_adapter = (folder / "adapter_config.json").exists()
     if not has_adapter and not (folder / "config.json").exists():
         raise UserError(f"{path!r}: neither an adapter (adapter_config.json) nor a model (config.json) in it")

@@ -14,20 +14,26 @@ from lp_train.errors import UserError
 from lp_train.models import check_stamp
 
 CONFIG = "resolved_config.yaml"  # written first; it marks a folder as ours
+BEFORE_TRAINING = {CONFIG, "wandb_id"}  # all that a run leaves which stopped at a mistake
 
 
 def open_run_folder(config: Config, state: PartialState, resume: bool, overwrite: bool) -> Path:
     """``train.output_dir``, empty or to be resumed, with the resolved configuration in it.
 
     Raises:
-        UserError: not empty and neither resume nor overwrite; overwrite of a folder that no run wrote.
+        UserError: not empty and neither resume nor overwrite; overwrite of a folder that no run wrote; no place to write.
     """
     folder = Path(config.train["output_dir"]).expanduser()
     if state.is_main_process:
-        if folder.exists() and any(folder.iterdir()) and not resume:
+        if folder.is_dir() and {path.name for path in folder.iterdir()} - BEFORE_TRAINING and not resume:
             _clear(folder, overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(config_to_yaml(config))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CONFIG).write_text(config_to_yaml(config))
+        except OSError as error:
+            raise UserError(
+                f"train.output_dir {str(folder)!r}: cannot be written ({error.strerror}); name another"
+            ) from None
     state.wait_for_everyone()
     return folder
 

@@ -37,10 +37,10 @@ def start(config: TrackConfig, folder: Path, run_name: str) -> str:
     os.environ.update(
         WANDB_PROJECT=config.project,
         WANDB_NAME=config.name or run_name,
-        WANDB_TAGS=",".join(config.tags),
         WANDB_DIR=str(folder),
         WANDB_RUN_ID=id_file.read_text().strip(),
         WANDB_RESUME="allow",
+        **({"WANDB_TAGS": ",".join(config.tags)} if config.tags else {}),
     )
     return "wandb"
 

@@ -12,5 +12,5 @@ export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 # --quiet: when the program stops with a message, accelerate adds no stack trace of its own.
 accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     --num_cpu_threads_per_process "${OMP_NUM_THREADS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}" \
-    lp_train/finetune.py configs/demo.yaml "$@"
+    lp_train/finetune.py configs/demo.yaml --overwrite "$@"
 echo "demo: $((SECONDS - setup_seconds)) s of work after $setup_seconds s of set-up"

@@ -43,7 +43,9 @@ def write_text(path: Path, documents: int = 80, seed: int = 0) -> Path:
 
 def write_chats(path: Path, conversations: int = 60, seed: int = 0) -> Path:
     state = random.Random(seed)
-    turns = [[("user", f"{i}. {sentences(state, 1)}"), ("assistant", sentences(state, 1))] for i in range(conversations)]
+    turns = [
+        [("user", f"{i}. {sentences(state, 1)}"), ("assistant", sentences(state, 1))] for i in range(conversations)
+    ]
     return write_lines(path, [{"messages": [{"role": r, "content": c} for r, c in chat]} for chat in turns])
 
 
