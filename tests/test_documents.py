@@ -1,4 +1,4 @@
-"""README and recipes: their commands run, their links and files exist, their figures are those of the stored reports."""
+"""README and recipes: their commands run, their links and files exist, their figures are those of stored reports."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def test_links_and_named_files_exist(document: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("document", [DOCUMENTS[0], ROOT / "recipes" / "smollm2_135m" / "README.md"], ids=["readme", "recipe"])
+@pytest.mark.parametrize(
+    "document", [DOCUMENTS[0], ROOT / "recipes" / "smollm2_135m" / "README.md"], ids=["readme", "recipe"]
+)
 @pytest.mark.parametrize("run", ["depth25", "depth22", "depth19"])
 def test_result_tables_are_those_of_the_reports(document: Path, run: str) -> None:
     report = json.loads((RESULTS / f"{run}.json").read_text())

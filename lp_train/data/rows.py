@@ -191,7 +191,7 @@ def _no_eval_message(data: DataConfig) -> str:
     if data.eval is not None:
         return "data.eval: no evaluation row; its documents are empty or all in data.calibration"
     return (
-        f"data.eval_fraction {data.eval_fraction}: no document of data.train is held out by its hash; "
+        f"data.eval_fraction {data.eval_fraction}: no document of data.train that has text is held out by its hash; "
         "raise the fraction, or give data.eval"
     )
 

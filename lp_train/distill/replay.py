@@ -90,6 +90,9 @@ def run_suffix(model: nn.Module, recording: Recording) -> tuple[Tensor, dict[int
     Returns the hidden states after the final norm [B, T, D], and those after each pair of ``recording.pair_outputs``.
     """
     decoder, hidden, outputs = decoder_of(model), recording.hidden, {}
+    assert hidden is not None
+    if torch.is_grad_enabled() and getattr(decoder.layers[-1], "gradient_checkpointing", False):
+        hidden = hidden.detach().requires_grad_()  # reentrant checkpointing makes no gradient without one of its input
     for i in range(recording.first_layer, len(decoder.layers)):
         hidden = decoder.layers[i](hidden, **recording.kwargs[i])
         if i in recording.pair_outputs:

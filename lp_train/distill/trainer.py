@@ -161,7 +161,7 @@ class PairedTrainer(SFTTrainer):
         return speed
 
     def _stop_when_diverged(self, loss: float) -> None:
-        first = next((line["loss"] for line in self.state.log_history if "loss" in line), loss)
+        first = next((line["loss"] for line in self.state.log_history if line.get("loss")), loss)
         if math.isfinite(loss) and loss <= RISE * first:
             return
         kept = f"the last checkpoint is at {self._last_checkpoint}" if self._last_checkpoint else "no checkpoint yet"
@@ -183,6 +183,8 @@ class PairedTrainer(SFTTrainer):
         if self._pending:  # steps that no log line has shown yet: a checkpoint of a diverged model replaces good ones
             weights = torch.tensor([self.loss.kd, self.loss.ce, self.loss.hidden], device=self.args.device)
             self._stop_when_diverged(float((self._mean_parts() * weights).sum()))
+        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+            self._stop_when_diverged(math.nan)  # the gradient of a finite loss was not
         super(SFTTrainer, self)._save_checkpoint(model, trial)  # without TRL's model card: the run's own comes last
         self._last_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
         if self.args.should_save:

@@ -37,7 +37,7 @@ def recovery(sequential: Fidelity, paired: Fidelity, recovered: Fidelity) -> dic
     """(paired - recovered) / (paired - sequential) for NLL and KL; None where that gap is below two standard errors."""
     found = gap(sequential, paired)
     won = {"nll": paired.nll - recovered.nll, "kl": paired.kl - recovered.kl}
-    return {name: won[name] / found[name] if found[name] >= 2 * found[f"{name}_se"] else None for name in won}
+    return {name: won[name] / found[name] if found[name] > 2 * found[f"{name}_se"] else None for name in won}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

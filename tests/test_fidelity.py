@@ -1,0 +1,255 @@
+"""The held-out figures against whole logits of whole forwards, and what a measurement must leave alone."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from lp_train.data import RowCollator
+from lp_train.evaluation import fidelity
+from lp_train.evaluation.fidelity import Fidelity, as_it_is, measure, standard_error
+from lp_train.evaluation.report import gap, recovery
+from lp_train.pairing import adapters_off, pair_layers, sequential
+
+LENGTH, ROWS = 24, 7
+COLLATE = RowCollator(LENGTH, pad_token_id=3)
+FIGURES = ("tokens", "nll_sums", "kl_sums", "agreements")
+VARIANTS = {"paired": adapters_off, "recovered": as_it_is}
+
+
+def packed_rows(vocab: int, rows: int = ROWS) -> Dataset:
+    """Rows of two or three documents with unequal numbers of trained tokens; the third row has none."""
+    draw = np.random.default_rng(0)
+    table: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "seq_lengths": []}
+    for row in range(rows):
+        lengths = [5 + row % 4, 7] + [6] * (row % 2)
+        ids = draw.integers(4, vocab, sum(lengths))
+        labels = np.where(draw.random(len(ids)) < 0.3 + 0.1 * (row % 5), ids, -100)
+        labels[np.cumsum([0, *lengths[:-1]])] = -100
+        if row == 2:
+            labels[:] = -100
+        for name, values in zip(table, (ids, labels, lengths), strict=True):
+            table[name].append([int(value) for value in values])
+    return Dataset.from_dict(table)
+
+
+def with_adapter(model: nn.Module) -> nn.Module:
+    """Paired in the middle, with adapters that change the output and a dropout that would be seen."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[2, 3], lora_dropout=0.5)
+    peft = get_peft_model(pair_layers(model, "2:4"), config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in peft.parameters():  # larger than at the start, so that the models differ
+        if parameter.ndim > 1:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return peft
+
+
+@pytest.fixture
+def model(tiny_llama: LlamaForCausalLM) -> nn.Module:
+    return with_adapter(tiny_llama).train()
+
+
+@pytest.fixture
+def rows(model: nn.Module) -> Dataset:
+    return packed_rows(model.config.vocab_size)
+
+
+@torch.no_grad()
+def naive(model: nn.Module, row: dict[str, Any], original: Callable[[nn.Module], Any] = sequential) -> list[float]:
+    """One row document by document, without packing or padding, from whole logits in float64."""
+    sums, start = [0.0] * 4, 0
+    for length in row["seq_lengths"]:
+        ids, labels = (torch.tensor([row[name][start : start + length]]) for name in ("input_ids", "labels"))
+        start += length
+        ours = F.log_softmax(model(ids).logits.double(), -1)[0]
+        with original(model):
+            theirs = F.log_softmax(model(ids).logits.double(), -1)[0]
+        for t in range(length - 1):
+            label = int(labels[0, t + 1])
+            if label == -100:
+                continue
+            divergence = sum(float(p * (p.log() - q)) for p, q in zip(theirs[t].exp(), ours[t], strict=True))
+            found = (1.0, -float(ours[t, label]), divergence, float(ours[t].argmax() == theirs[t].argmax()))
+            sums = [a + b for a, b in zip(sums, found, strict=True)]
+    return sums
+
+
+def as_array(figures: Fidelity) -> np.ndarray:
+    return np.stack([getattr(figures, name) for name in FIGURES], 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_figures_equal_those_from_whole_logits(model: nn.Module, rows: Dataset, batch_size: int) -> None:
+    found = measure(model, rows, COLLATE, batch_size, VARIANTS)
+    assert list(found) == ["sequential", "paired", "recovered"]
+    model.eval()
+    for name, variant in {"sequential": sequential, **VARIANTS}.items():
+        with variant(model):
+            expected = np.array([naive(model, row) for row in rows])
+        np.testing.assert_allclose(as_array(found[name]), expected, rtol=1e-4, atol=1e-4)
+        figures, (tokens, nll, kl, agreements) = found[name].as_dict(), expected.sum(0)
+        assert figures == pytest.approx(
+            {
+                "nll": nll / tokens,
+                "ppl": math.exp(nll / tokens),
+                "kl": kl / tokens,
+                "top1_agreement": agreements / tokens,
+            },
+            abs=1e-5,
+            rel=1e-4,
+        )
+    assert found["sequential"].kl == 0 and found["sequential"].as_dict()["top1_agreement"] == 1
+    assert found["paired"].kl > 0.01 and found["recovered"].kl != found["paired"].kl
+
+
+def test_chunks_of_the_head_do_not_change_the_figures(
+    model: nn.Module, rows: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measure(model, rows, COLLATE, 4, VARIANTS)
+    monkeypatch.setattr(fidelity, "rows_per_chunk", lambda device: 3)
+    pieces = measure(model, rows, COLLATE, 4, VARIANTS)
+    for name in whole:
+        np.testing.assert_allclose(as_array(pieces[name]), as_array(whole[name]), rtol=1e-6, atol=1e-6)
+
+
+def test_without_variants_only_the_original_is_measured(model: nn.Module, rows: Dataset) -> None:
+    assert list(measure(model, rows, COLLATE, 4, {})) == ["sequential"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 9])  # nine processes: two have no row
+def test_rows_shared_out_over_processes_have_the_same_figures(model: nn.Module, rows: Dataset, world_size: int) -> None:
+    alone = measure(model, rows, COLLATE, 2, VARIANTS)
+    for name, whole in alone.items():
+        stitched = np.full((ROWS, 4), np.nan)
+        for rank in range(min(world_size, ROWS)):  # here each process gets back its own part only
+            part = measure(model, rows, COLLATE, 2, VARIANTS, rank=rank, world_size=world_size)[name]
+            stitched[rank::world_size] = as_array(part)
+        np.testing.assert_allclose(stitched, as_array(whole), rtol=1e-5, atol=1e-6)
+
+
+def test_gathered_rows_come_back_in_their_order(
+    model: nn.Module, rows: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, parts = measure(model, rows, COLLATE, 2, VARIANTS), []
+
+    def gather(found: Sequence[Any]) -> list[Any]:
+        parts.append(list(found))
+        return [item for part in parts for item in part]
+
+    monkeypatch.setattr(fidelity, "gather_object", gather)
+    measure(model, rows, COLLATE, 2, VARIANTS, rank=1, world_size=2)
+    both = measure(model, rows, COLLATE, 2, VARIANTS, rank=0, world_size=2)
+    np.testing.assert_allclose(as_array(both["recovered"]), as_array(alone["recovered"]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_random_state_and_weights_come_back(model: nn.Module, rows: Dataset, training: bool) -> None:
+    model.train(training)
+    modes = [module.training for module in model.modules()]
+    before, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
+    measure(model, rows, COLLATE, 4, VARIANTS)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_dropout_is_off_while_measuring(model: nn.Module, rows: Dataset) -> None:
+    first, second = (measure(model.train(), rows, COLLATE, 4, VARIANTS)["recovered"] for _ in range(2))
+    assert np.array_equal(as_array(first), as_array(second))
+
+
+def test_autocast_is_entered_for_every_batch(model: nn.Module, rows: Dataset) -> None:
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def autocast() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            entered.append("in")
+            yield
+
+    half = measure(model, rows, COLLATE, 4, VARIANTS, autocast)["recovered"]
+    assert len(entered) == 2
+    assert half.nll != (full := measure(model, rows, COLLATE, 4, VARIANTS)["recovered"].nll)
+    assert half.nll == pytest.approx(full, abs=0.05)
+
+
+# --- recovery and standard errors
+
+
+def figures(nll: Sequence[float], kl: Sequence[float], tokens: int = 100) -> Fidelity:
+    """Rows of the same number of tokens with these means per token."""
+    n = np.full(len(nll), float(tokens))
+    return Fidelity(n, np.array(nll) * n, np.array(kl) * n, n)
+
+
+ORIGINAL = figures([2.0, 3.0, 2.5, 2.2], [0.0] * 4)
+
+
+def test_recovery_is_the_share_of_the_gap() -> None:
+    paired = figures([2.5, 3.6, 3.0, 2.6], [0.4, 0.5, 0.6, 0.5])
+    recovered = figures([2.1, 3.1, 2.7, 2.3], [0.2, 0.1, 0.3, 0.2])
+    gap_nll = (0.5 + 0.6 + 0.5 + 0.4) / 4
+    assert gap(ORIGINAL, paired)["nll"] == pytest.approx(gap_nll)
+    assert gap(ORIGINAL, paired)["kl"] == pytest.approx(0.5)
+    expected = {"nll": (gap_nll - (0.1 + 0.1 + 0.2 + 0.1) / 4) / gap_nll, "kl": (0.5 - 0.2) / 0.5}
+    assert recovery(ORIGINAL, paired, recovered) == pytest.approx(expected)
+    assert recovery(ORIGINAL, paired, paired) == {"nll": 0, "kl": 0}
+    assert recovery(ORIGINAL, paired, ORIGINAL) == pytest.approx({"nll": 1, "kl": 1})
+
+
+def test_recovery_is_null_below_two_standard_errors_of_the_gap() -> None:
+    noise = np.array([1.0, -1.0, 1.0, -1.0])
+    error = np.std(noise, ddof=1) / 2  # of the mean of four rows
+    for gap_size, judged in ((1.9 * error, False), (2.1 * error, True)):
+        paired = figures(np.array([2.0, 3.0, 2.5, 2.2]) + gap_size + noise, 0.5 + np.zeros(4))
+        found = recovery(ORIGINAL, paired, ORIGINAL)
+        assert (found["nll"] is not None) == judged
+        assert found["kl"] == pytest.approx(1)
+    better = figures([1.0, 2.0, 1.5, 1.2], [0.1] * 4)  # pairing that helps leaves no gap to win back
+    assert recovery(ORIGINAL, better, ORIGINAL)["nll"] is None
+
+
+def test_recovery_is_null_without_any_gap_and_for_a_single_row() -> None:
+    assert recovery(ORIGINAL, ORIGINAL, ORIGINAL) == {"nll": None, "kl": None}
+    one, worse = figures([2.0], [0.0]), figures([3.0], [1.0])
+    assert recovery(one, worse, one) == {"nll": None, "kl": None}
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(0.1, 10), min_size=2, max_size=30), st.integers(1, 1000))
+def test_standard_error_of_equal_rows_is_that_of_a_mean(means: list[float], tokens: int) -> None:
+    x = np.array(means)
+    expected = np.std(x, ddof=1) / math.sqrt(len(x))
+    assert standard_error(x * tokens, np.full(len(x), tokens)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_standard_error_of_unequal_rows_is_that_of_a_bootstrap() -> None:
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(50, 1000, 200)
+    sums = tokens * draw.normal(2.0, 0.5, 200)
+    picks = draw.integers(0, 200, (4000, 200))
+    bootstrap = np.std(sums[picks].sum(1) / tokens[picks].sum(1))
+    assert standard_error(sums, tokens) == pytest.approx(bootstrap, rel=0.05)
+
+
+def test_perplexity_of_a_ruined_model_is_a_number() -> None:
+    assert figures([900.0, 900.0], [800.0, 800.0]).as_dict()["ppl"] == math.exp(700)
+
+
+def test_a_row_without_a_trained_token_counts_for_nothing(model: nn.Module, rows: Dataset) -> None:
+    found = measure(model, rows, COLLATE, 4, VARIANTS)["recovered"]
+    assert as_array(found)[2].tolist() == [0.0] * 4
+    rest = measure(model, rows.select([i for i in range(ROWS) if i != 2]), COLLATE, 4, VARIANTS)["recovered"]
+    assert rest.as_dict() == pytest.approx(found.as_dict(), rel=1e-5)
