@@ -41,9 +41,22 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
         available = sorted({name.rsplit(".", 1)[1] for name in projections(model, layers)})
         raise UserError(f"lora.target_modules {wanted!r}: matches no projection; there are {', '.join(available)}")
     try:
-        return get_peft_model(model, LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM"))
+        model = get_peft_model(model, LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM"))
     except (ValueError, TypeError) as error:
         raise UserError(f"lora: PEFT refuses it: {' '.join(str(error).split())}") from error
+    _refuse_shared_layers(model, plan)
+    return model
+
+
+def _refuse_shared_layers(model: nn.Module, plan: PairPlan) -> None:
+    """Layers below the first pair run once, for the original: nothing in them can be trained."""
+    for name, parameter in model.named_parameters():
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        if parameter.requires_grad and not (layer and int(layer[1]) >= plan.first_layer):
+            raise UserError(
+                f"lora: it would train {name}, which original and paired model share; adapters go into layers "
+                f"{plan.first_layer} to {plan.num_layers - 1}"
+            )
 
 
 def start_from_activations(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> None:

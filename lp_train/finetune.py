@@ -87,17 +87,30 @@ def quieten_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def check_engine(state: PartialState) -> None:
+    """Refuses engines that this version does not train on, and processes that do not know of each other."""
+    expected, engine = int(os.environ.get("WORLD_SIZE", "1")), state.distributed_type.value
+    if expected != state.num_processes:
+        raise UserError(
+            f"WORLD_SIZE {expected}: this process sees a world of {state.num_processes}; on CPUs launch with "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        )
+    if engine not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise UserError(f"accelerate's engine {engine}: not supported; use one process, or --multi_gpu (DDP)")
+
+
 def use_all_cores(state: PartialState) -> None:
-    """``accelerate launch`` sets one thread per process where nobody chose; alone on a CPU that leaves cores idle."""
+    """``accelerate launch`` sets one thread per process unless told; alone on a CPU that leaves cores idle."""
     launched, alone = "ACCELERATE_MIXED_PRECISION" in os.environ, state.num_processes == 1
     if launched and alone and state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def run(config: Config, options: argparse.Namespace) -> None:
     if options.print_config:
         return print(config_to_yaml(config), end="")
     state = PartialState(cpu=models.device().type == "cpu")
+    check_engine(state)
     use_all_cores(state)
     if not options.dry_run:
         finetune(config, state, options.resume, options.overwrite)
@@ -110,11 +123,12 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     say = functools.partial(print, flush=True) if state.is_main_process else lambda *_: None
 
     # what a user can get wrong is looked at before weights are loaded
-    plan = check_model(config)
+    with state.local_main_process_first():  # a GGUF model is dequantised by one process
+        plan = check_model(config)
     say(f"{config.name}: {config.model.name_or_path}, {plan}")
     folder = open_run_folder(config, state, resume, overwrite)
     dtype = models.resolve_dtype(config.model.dtype, state.device)
-    report_to = track.start(config.track, folder, config.name)
+    report_to = track.start(config.track, folder, config.name) if state.is_main_process else "none"
     args = training_arguments(config, folder, state, dtype, report_to)
     say(f"{state.num_processes} x {state.device.type} in {dtype}, {args.max_steps} steps".replace("torch.", ""))
     tokenizer = models.load_tokenizer(config.model)
@@ -147,6 +161,8 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
         return {**now.as_dict(), **won}
 
     trainer = make_trainer(model, args, config, plan, bench, tokenizer, held_out)
+    if state.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(folder, model, resume))
 
     # after: what came back, and everything on disk
@@ -158,17 +174,16 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     report = make_report(config, plan, figures, trainer, data, state) | extra | {"sample": answers or None}
     if state.is_main_process:
         save_result(model, tokenizer, config, folder)
+        write_report(config, folder, report, trainer)
     if config.loss.ce > 0:
         report["control"] = train_control(config, plan, args, bench, tokenizer).as_dict()
     if state.is_main_process:
-        card = reports.model_card(report, config.model.name_or_path)
-        (result_folder(config, folder) / "README.md").write_text(card)
-        reports.write_report(folder, report, trainer.state.log_history, config.train["global_batch_tokens"])
+        write_report(config, folder, report, trainer)
         track.finish(report)
     say(f"\n{reports.table(report)}\n\n{reports.sentence(report)}\n")
     if answers:
         say(reports.answers(answers) + "\n")
-    say(f"report {folder}/report.md, plot {folder}/plots/recovery.png, adapter {result_folder(config, folder)}/")
+    say(f"report {folder}/report.md, plot {folder}/plots/recovery.png, weights {result_folder(config, folder)}/")
     return report
 
 
@@ -272,6 +287,7 @@ def make_report(
     tokens, seconds = trainer.state.global_step * config.train["global_batch_tokens"], trainer.seconds
     return {
         "name": config.name,
+        "tune": config.tune,
         "plan": {
             "pairs": [list(pair) for pair in plan.pairs],
             "algebra": config.plan.algebra,
@@ -296,6 +312,13 @@ def make_report(
         "data": data.stats.as_dict(),
         "environment": reports.environment(state.device),
     }
+
+
+def write_report(config: Config, folder: Path, report: dict[str, Any], trainer: PairedTrainer) -> None:
+    """The report and the plot, and the card beside the weights."""
+    reports.write_report(folder, report, trainer.state.log_history, config.train["global_batch_tokens"])
+    card = reports.model_card(report, config.model.name_or_path)
+    (result_folder(config, folder) / "README.md").write_text(card)
 
 
 def result_folder(config: Config, folder: Path) -> Path:

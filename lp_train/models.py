@@ -20,16 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lp_train.config import ModelConfig
+from lp_train.data.pydocs import cache_folder
 from lp_train.errors import UserError
 from lp_train.pairing import PairPlan, pair_layers
 from lp_train.pairing.families import decoder_of
 
 WHEEL = "wheel:"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("LP_TRAIN_CACHE", Path.home() / ".cache" / "lp_train"))
 
 
 def write_folder(target: Path, write: Callable[[Path], Any]) -> Path:
@@ -101,7 +98,7 @@ def _dequantised(folder: Path) -> Path:
         raise UserError(f"{source.name}: reading GGUF needs the package gguf; run `pip install gguf`")
     stat = source.stat()
     key = hashlib.sha256(f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    target = cache_dir() / f"{source.stem}-{key}"
+    target = cache_folder() / f"{source.stem}-{key}"
 
     def write(temporary: Path) -> None:
         print(f"dequantising {source.name} once into {target}", flush=True)
@@ -185,7 +182,9 @@ def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Modu
     model, found = _from_hub(AutoModelForCausalLM.from_pretrained, config, **kwargs)
     _refuse_missing_weights(config, found)
     _keep_4bit_weights_trainable_through(model)
-    return model.to(where).eval().requires_grad_(False) if config.quantization is None else model.eval()
+    model = model.to(where).eval().requires_grad_(False) if config.quantization is None else model.eval()
+    model.base_fingerprint = fingerprint(model)  # now, before adapters wrap or training changes what it is made of
+    return model
 
 
 def _refuse_missing_weights(config: ModelConfig, found: dict[str, Any]) -> None:
@@ -211,7 +210,7 @@ def _keep_4bit_weights_trainable_through(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of the base weights that no training here changes: norms and a corner of the embedding, in bf16."""
+    """A short hash of a base as it was loaded: its norms and a corner of its embedding, in bf16."""
     digest = hashlib.sha256()
     corner = model.get_input_embeddings().weight[:64, :64]
     norms = [p for name, p in sorted(decoder_of(model).named_parameters()) if p.dim() == 1 and "norm" in name]
@@ -226,12 +225,23 @@ def fingerprint(model: nn.Module) -> str:
 def stamp(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
     """The record that makes a result loadable again: plan, algebra and base. Kept in the model's own config, and in
     the adapter's as PEFT's ``auto_mapping`` (a free-form field, so a plain ``PeftModel`` loads it without a word)."""
-    base = {"name": config.name_or_path, "revision": config.revision, "fingerprint": fingerprint(model)}
+    base = {
+        "name": config.name_or_path,
+        "revision": config.revision,
+        "fingerprint": _base_fingerprint(model),
+        "dtype": config.dtype,
+        "attn_implementation": config.attn_implementation,
+        "quantization": config.quantization,
+    }
     record = model.config.layer_parallel = {**model.config.layer_parallel, "base": base}
     for peft_config in getattr(model, "peft_config", {}).values():
         peft_config.auto_mapping = {"layer_parallel": record}
         peft_config.base_model_name_or_path, peft_config.revision = config.name_or_path, config.revision
     return record
+
+
+def _base_fingerprint(model: nn.Module) -> str:
+    return getattr(model, "base_fingerprint", None) or fingerprint(model)
 
 
 def read_stamp(folder: Path) -> dict[str, Any] | None:
@@ -249,10 +259,10 @@ def check_stamp(folder: Path, model: nn.Module) -> None:
     for key in ("pairs", "algebra"):
         if stored[key] != ours[key]:
             raise UserError(f"{folder}: made for plan.{key} {stored[key]}, this run has {ours[key]}; use the same plan")
-    if stored["base"]["fingerprint"] != fingerprint(model):
+    if stored["base"]["fingerprint"] != _base_fingerprint(model):
         raise UserError(
             f"{folder}: made for base {stored['base']['name']!r} "
-            f"(fingerprint {stored['base']['fingerprint']}), not for this base ({fingerprint(model)})"
+            f"(fingerprint {stored['base']['fingerprint']}), not for this base ({_base_fingerprint(model)})"
         )
 
 
@@ -268,12 +278,23 @@ def _result_folder(path: str) -> Path:
             return Path(snapshot_download(path))
         except (OSError, HFValidationError) as error:
             raise UserError(f"{path!r}: neither a folder nor a repository that can be reached ({error})") from error
-    for name in ("adapter", "model"):
-        if (folder / name).is_dir():
-            return folder / name
+    if (folder / "adapter").is_dir() or (folder / "model").is_dir():
+        return folder / ("adapter" if (folder / "adapter").is_dir() else "model")
     if (folder / "resolved_config.yaml").exists():
         raise UserError(f"{path!r}: this run has not finished: no adapter/ in it; run its command again with --resume")
     return folder
+
+
+def _recorded_config(record: dict[str, Any], base: str | None, dtype: Any) -> ModelConfig:
+    """The base as it was in training. Attention kernels that this machine may lack give way to sdpa."""
+    attention = record["attn_implementation"]
+    return ModelConfig(
+        name_or_path=base or record["name"],
+        revision=None if base else record["revision"],
+        dtype="float16" if dtype == "auto" and record["dtype"] == "float16" else dtype,
+        attn_implementation=attention if attention in ("eager", "flex_attention") else "sdpa",
+        quantization=record["quantization"],
+    )
 
 
 def load(path: str, base: str | None = None, dtype: Any = "auto") -> tuple[nn.Module, Tokenizer]:
@@ -292,8 +313,7 @@ def load(path: str, base: str | None = None, dtype: Any = "auto") -> tuple[nn.Mo
     record = read_stamp(folder)
     if record is None:
         raise UserError(f"{path!r}: nothing in it says which layers were paired; it was not written by lp_train")
-    source = base or record["base"]["name"] if has_adapter else str(folder)
-    model = load_base(ModelConfig(name_or_path=source, revision=record["base"]["revision"], dtype=dtype))
+    model = load_base(_recorded_config(record["base"], base if has_adapter else str(folder), dtype))
     plan = PairPlan.parse(record["pairs"], num_layers=len(decoder_of(model).layers))
     pair_layers(model, plan, record["algebra"])
     if has_adapter:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from lp_train.config import Config, config_to_yaml
+from lp_train.distill.trainer import TOTALS
 from lp_train.errors import UserError
 from lp_train.models import check_stamp
 
@@ -50,8 +50,13 @@ def _clear(folder: Path, overwrite: bool) -> None:
 
 
 def checkpoint_to_resume(folder: Path, model: nn.Module, resume: bool) -> str | None:
-    """The newest checkpoint, after checking that it is of this base and plan; None to start from the beginning."""
-    checkpoint = get_last_checkpoint(str(folder)) if resume else None
-    if checkpoint is not None:
-        check_stamp(Path(checkpoint), model)
-    return checkpoint
+    """The newest whole checkpoint, of this base and plan; None to start from the beginning.
+
+    ``totals.json`` is the last file of a checkpoint: one without it was being written when the run was killed.
+    """
+    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TOTALS}")] if resume else []
+    if not whole:
+        return None
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+    check_stamp(newest, model)
+    return str(newest)

@@ -259,7 +259,7 @@ def test_a_forward_that_fails_leaves_no_trace(paired: nn.Module) -> None:
             logits(paired)
     handle.remove()
     assert torch.equal(logits(paired), side_by_side)
-    assert not any("_kwargs" in vars(layer) for layer in paired.model.layers)
+    assert not any(vars(layer).get("_kwargs") for layer in paired.model.layers)
 
 
 def test_sequential_leaves_adapters_switched_off_by_the_user_off(paired: nn.Module) -> None:

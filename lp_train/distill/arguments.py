@@ -23,7 +23,7 @@ def training_arguments(
     options = dict(config.train)
     tokens, length = options.pop("global_batch_tokens"), options["max_length"]
     slow_steps = options.pop("max_steps_float32", None)
-    if slow_steps and dtype == torch.float32:
+    if slow_steps and "max_steps" in options and dtype == torch.float32:
         options["max_steps"] = slow_steps
     per_device, accumulation = batch_split(
         tokens,
@@ -44,6 +44,8 @@ def training_arguments(
         report_to=report_to,
     )
     try:
-        return SFTConfig(**options)
+        args = SFTConfig(**options)
     except (ValueError, TypeError) as error:
         raise UserError(f"train: the trainer refuses it: {' '.join(str(error).split())}") from error
+    args._n_gpu = min(args.n_gpu, 1)  # a process uses one GPU; DataParallel over all that it sees would cut rows
+    return args

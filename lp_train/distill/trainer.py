@@ -26,7 +26,7 @@ class TrainingDiverged(UserError):
     """The loss is not finite, or far above where it started."""
 
 
-TOTALS = "totals.json"  # in each checkpoint: what the Trainer's own state does not count
+TOTALS = "totals.json"  # the last file of a checkpoint: what the Trainer's own state does not count
 RISE = 3.0  # a loss this many times the one of the first log line will not come back
 
 
@@ -189,7 +189,9 @@ class PairedTrainer(SFTTrainer):
         self._last_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
         if self.args.should_save:
             totals = {"trained_tokens": int(self.trained_tokens), "seconds": self.seconds}
-            (Path(self._last_checkpoint) / TOTALS).write_text(json.dumps(totals))
+            target = Path(self._last_checkpoint) / TOTALS
+            (temporary := target.with_suffix(".tmp")).write_text(json.dumps(totals))
+            temporary.rename(target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

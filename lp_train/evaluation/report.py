@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -144,19 +145,20 @@ def answers(sample: dict[str, str]) -> str:
 
 
 def model_card(report: dict[str, Any], base: str) -> str:
-    """README.md of the adapter folder."""
+    """README.md of the folder ``adapter/`` (``tune: lora``) or ``model/`` (``tune: full``)."""
+    library, loader = {"lora": ("peft", "PeftModel"), "full": ("transformers", "AutoModelForCausalLM")}[report["tune"]]
     return f"""---
 base_model: {base}
-library_name: peft
-tags: [layer-parallel, lora]
+library_name: {library}
+tags: [layer-parallel]
 ---
 
-# {report["name"]}: adapter for a layer-parallel model
+# {report["name"]}: weights of a layer-parallel model
 
 **Trained for the paired graph.** These weights belong to `{base}` with layers
 {", ".join("+".join(map(str, pair)) for pair in report["plan"]["pairs"])} run side by side
-(`{report["plan"]["algebra"]}`, arXiv 2502.02790). A plain `PeftModel.from_pretrained` loads them on the
-sequential model too, which is not what they were trained for.
+(`{report["plan"]["algebra"]}`, arXiv 2502.02790). A plain `{loader}.from_pretrained` gives the
+sequential model with them, which is not what they were trained for.
 
 ```python
 import lp_train
@@ -193,5 +195,13 @@ def plot_recovery(path: Path, history: list[dict[str, Any]], report: dict[str, A
 def write_report(folder: Path, report: dict[str, Any], history: list[dict[str, Any]], tokens_per_step: int) -> None:
     """report.json, report.md and plots/ in the run folder."""
     plot_recovery(folder / "plots" / "recovery.png", history, report, tokens_per_step)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "report.md").write_text(markdown(report))
+    for name, text in (("report.json", json.dumps(_finite(report), indent=2) + "\n"), ("report.md", markdown(report))):
+        (temporary := folder / f".{name}").write_text(text)
+        temporary.rename(folder / name)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity (a standard error over one row): null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

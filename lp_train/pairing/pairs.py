@@ -38,7 +38,7 @@ class _Paired(nn.Module):
 
 
 class _First(_Paired):
-    _kwargs: dict[str, Any]
+    _kwargs: dict[str, Any] | None = None  # from its own call to that of its partner
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._pairing.parallel:  # its own mask and rotary table: neighbours' layer types may differ
@@ -48,8 +48,9 @@ class _First(_Paired):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._pairing.parallel:
             return hidden_states
-        own: Any = super() if self._original is None else self._original
-        return own.forward(hidden_states, *args, **kwargs)
+        if self._original is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        return self._original.forward(hidden_states, *args, **kwargs)
 
 
 class _Second(_Paired):
@@ -58,15 +59,16 @@ class _Second(_Paired):
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         # handed over outside of `forward`, so that a checkpointed forward has it again when it is run a second time
         if self._pairing.parallel:
-            kwargs["first_kwargs"] = self._first._kwargs
+            kwargs["first_kwargs"], self._first._kwargs = self._first._kwargs, None
         return super().__call__(hidden_states, *args, **kwargs)
 
     def forward(
         self, hidden_states: Tensor, *args: Any, first_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
         if first_kwargs is None:
-            own: Any = super() if self._original is None else self._original
-            return own.forward(hidden_states, *args, **kwargs)
+            if self._original is None:
+                return super().forward(hidden_states, *args, **kwargs)
+            return self._original.forward(hidden_states, *args, **kwargs)
         family, first, x = self._pairing.family, self._first, hidden_states
         attention1 = family.attention_branch(first, x, {**kwargs, **first_kwargs})
         attention2 = family.attention_branch(self, x, kwargs)
