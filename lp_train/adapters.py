@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, initialize_lora_eva_weights
@@ -40,6 +39,8 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
     if not targets:
         available = sorted({name.rsplit(".", 1)[1] for name in projections(model, layers)})
         raise UserError(f"lora.target_modules {wanted!r}: matches no projection; there are {', '.join(available)}")
+    if saved := options.get("modules_to_save"):
+        options["modules_to_save"] = [name for name, _ in modules_of(model, layers) if _selects(saved, name)] or saved
     try:
         model = get_peft_model(model, LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM"))
     except (ValueError, TypeError) as error:
@@ -67,19 +68,25 @@ def start_from_activations(model: nn.Module, batches: Iterable[dict[str, torch.T
     initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
 
 
-def projections(model: nn.Module, layers: Any) -> Iterator[str]:
+def projections(model: nn.Module, layers: Iterable[int]) -> Iterator[str]:
     """Full names of the linear layers of attention and MLP in the given decoder layers. Routers are left alone.
 
     So is a mixture's dense MLP (``mlp_only_layers``): PEFT takes its names for those of the experts, in all layers.
     """
+    mixture = any(ROUTERS.search(name) for name, _ in decoder_of(model).named_modules())
+    for name, module in modules_of(model, layers):
+        left_out = ROUTERS.search(name) or (mixture and ".mlp." in name)
+        if isinstance(module, nn.Linear) and not left_out:
+            yield name
+
+
+def modules_of(model: nn.Module, layers: Iterable[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Full names and modules inside the given decoder layers."""
     decoder = decoder_of(model)
-    mixture = any(ROUTERS.search(name) for name, _ in decoder.named_modules())
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     for i in layers:
         for name, module in decoder.layers[i].named_modules():
-            left_out = ROUTERS.search(name) or (mixture and name.startswith("mlp."))
-            if isinstance(module, nn.Linear) and not left_out:
-                yield f"{prefix}.layers.{i}.{name}"
+            yield f"{prefix}.layers.{i}.{name}", module
 
 
 def _selects(wanted: str | list[str] | None, name: str) -> bool:

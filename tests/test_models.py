@@ -177,6 +177,9 @@ def test_the_stamp_goes_into_both_configs(shared: Path, trained: dict[str, Tenso
             "name": str(shared / "model"),
             "revision": None,
             "fingerprint": models.fingerprint(base(shared / "model")),
+            "dtype": "float32",
+            "attn_implementation": "sdpa",
+            "quantization": None,
         },
     }
     assert adapter["auto_mapping"]["layer_parallel"] == expected == model["layer_parallel"]
