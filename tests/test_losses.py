@@ -15,7 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from lp_train.config import LossConfig
-from lp_train.distill.losses import IGNORE, Head, divergence, head_loss, hidden_loss
+from lp_train.distill.losses import IGNORED, Head, divergence, head_loss, hidden_loss
 
 WIDTH, VOCAB = 16, 61
 
@@ -31,7 +31,7 @@ def head(bias: bool = False, softcap: float | None = None) -> Head:
 def states(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Student and teacher hidden states, and labels of which every third is ignored."""
     labels = torch.randint(0, VOCAB, (tokens,), generator=torch.Generator().manual_seed(5))
-    labels[::3] = IGNORE
+    labels[::3] = IGNORED
     return normal(tokens, WIDTH, seed=3).requires_grad_(), normal(tokens, WIDTH, seed=4), labels
 
 
@@ -73,7 +73,7 @@ def reference_loss(student: Tensor, teacher: Tensor, labels: Tensor, of: Head, l
     """(total, kd, ce) over whole logits, with plain autograd."""
     ours, theirs = reference_logits(student, of), reference_logits(teacher, of)
     kd = reference_divergence(ours, theirs, loss.beta, loss.temperature).sum()
-    kept = labels != IGNORE
+    kept = labels != IGNORED
     ce = -probabilities(ours[kept], 1.0).gather(1, labels[kept, None]).log().sum()
     return loss.kd * kd + loss.ce * ce, kd, ce
 
@@ -191,7 +191,7 @@ def test_cross_entropy_leaves_ignored_labels_out() -> None:
     (student, teacher, labels), of = states(10), head()
     total, kd, ce = head_loss(student, teacher, labels, of, LossConfig(kd=0.0, ce=1.0), rows=4)
     total.backward()
-    kept = labels != IGNORE
+    kept = labels != IGNORED
     torch.testing.assert_close(ce, F.cross_entropy(of.logits(student.detach())[kept], labels[kept], reduction="sum"))
     assert kd == 0
     assert student.grad is not None
@@ -200,7 +200,7 @@ def test_cross_entropy_leaves_ignored_labels_out() -> None:
 
 def test_all_labels_ignored_gives_zero_cross_entropy() -> None:
     student, teacher, labels = states(7)
-    total, _, ce = head_loss(student, teacher, torch.full_like(labels, IGNORE), head(), LossConfig(kd=0.0, ce=1.0), 3)
+    total, _, ce = head_loss(student, teacher, torch.full_like(labels, IGNORED), head(), LossConfig(kd=0.0, ce=1.0), 3)
     total.backward()
     assert student.grad is not None
     assert total == 0 and ce == 0 and student.grad.abs().max() == 0

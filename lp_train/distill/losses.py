@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lp_train.config import LossConfig
+from lp_train.data.rows import IGNORED
 
-IGNORE = -100
 ROWS_PER_CHUNK = 1024  # tokens whose logits exist at a time, on a GPU
 
 
@@ -84,7 +84,7 @@ def _chunk(student: Tensor, teacher: Tensor, labels: Tensor, head: Head, loss: L
             teacher_logits = head.logits(teacher)
         kd = divergence(logits, teacher_logits, loss.beta, loss.temperature).sum()
     if loss.ce:
-        ce = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        ce = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     return kd, ce
 
 

@@ -17,7 +17,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
 from lp_train.config import LossConfig
-from lp_train.distill.losses import IGNORE, Head, LossSums, head_loss, hidden_loss
+from lp_train.data.rows import IGNORED
+from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
 from lp_train.distill.replay import run_original, run_suffix
 from lp_train.errors import UserError
 
@@ -97,7 +98,7 @@ class PairedTrainer(SFTTrainer):
         loss = self.loss
         recording = run_original(model, inputs, keep_pair_outputs=loss.hidden > 0)
         hidden, outputs = run_suffix(model, recording)
-        trained = inputs["labels"][:, 1:] != IGNORE
+        trained = inputs["labels"][:, 1:] != IGNORED
         labels = inputs.get("ce_labels", inputs["labels"])[:, 1:][trained]
         assert recording.final is not None
         total, kd, ce = head_loss(

@@ -16,7 +16,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lp_train.distill.losses import IGNORE, Head, rows_per_chunk
+from lp_train.data.rows import IGNORED
+from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.distill.replay import run_original, run_suffix
 
 Variant = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
@@ -107,7 +108,7 @@ def _batch_sums(
     for name, variant in variants.items():
         with variant(model):
             hidden[name], _ = run_suffix(model, recording)
-    trained = batch["labels"][:, 1:] != IGNORE
+    trained = batch["labels"][:, 1:] != IGNORED
     row_of = trained.nonzero()[:, 0]
     labels = batch["labels"][:, 1:][trained]
     flat = {name: states[:, :-1][trained] for name, states in hidden.items()}
