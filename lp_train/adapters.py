@@ -35,12 +35,12 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
     options = dict(config.lora)
     scope, wanted = options.pop("scope"), options.pop("target_modules", None)
     layers = plan.layers if scope == "paired" else range(plan.first_layer, plan.num_layers)
-    targets = [name for name in projections(model, layers) if _selects(wanted, name)]
+    targets = [name for name in projections(model, layers) if selects(wanted, name)]
     if not targets:
         available = sorted({name.rsplit(".", 1)[1] for name in projections(model, layers)})
         raise UserError(f"lora.target_modules {wanted!r}: matches no projection; there are {', '.join(available)}")
     if saved := options.get("modules_to_save"):
-        options["modules_to_save"] = [name for name, _ in modules_of(model, layers) if _selects(saved, name)] or saved
+        options["modules_to_save"] = [name for name, _ in modules_of(model, layers) if selects(saved, name)] or saved
     try:
         model = get_peft_model(model, LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM"))
     except (ValueError, TypeError) as error:
@@ -89,7 +89,7 @@ def modules_of(model: nn.Module, layers: Iterable[int]) -> Iterator[tuple[str, n
             yield f"{prefix}.layers.{i}.{name}", module
 
 
-def _selects(wanted: str | list[str] | None, name: str) -> bool:
+def selects(wanted: str | list[str] | None, name: str) -> bool:
     """PEFT's rule for ``target_modules``: a regular expression for the whole name, or a list of endings."""
     if wanted is None or wanted == "all-linear":
         return True

@@ -29,12 +29,13 @@ MAX_PER_DEVICE = 8  # rows in one forward when the user does not say: fits the l
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model. ``name_or_path``: hub id, folder, or ``wheel:PACKAGE``."""
+    """Which model. ``name_or_path``: hub id, folder, or ``wheel:PACKAGE``. ``attn_implementation`` auto: sdpa (eager
+    where a family's sdpa leaves something out), and in compiled training on a GPU flex_attention."""
 
     name_or_path: str = field(metadata={"example": "meta-llama/Llama-3.2-1B"})
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "auto"
     quantization: Literal["nf4"] | None = None
     trust_remote_code: bool = False
 
@@ -134,6 +135,8 @@ _TRAIN_TYPES = {  # ours, and where we allow more or less than the library
     "global_batch_tokens": int,
     "max_steps_float32": int,
     "max_length": int,
+    "gradient_checkpointing_every": int,
+    "torch_compile": bool | Literal["auto"],
     "max_steps": int | None,
     "num_train_epochs": float | None,
 }
@@ -196,7 +199,8 @@ def _all_keys() -> list[str]:
     keys = [f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
     keys += [f"train.{f.name}" for f in dataclasses.fields(SFTConfig) if f.name not in OWNED_TRAIN]
     keys += [f"lora.{f.name}" for f in dataclasses.fields(LoraConfig) if f.name not in OWNED_LORA]
-    return [*keys, "train.global_batch_tokens", "train.max_steps_float32", "lora.scope"]
+    ours = ("global_batch_tokens", "max_steps_float32", "gradient_checkpointing_every")
+    return [*keys, *(f"train.{name}" for name in ours), "lora.scope"]
 
 
 class _Loader(yaml.SafeLoader):

@@ -99,6 +99,7 @@ def _train(config: Config) -> Iterator[str]:
         "global_batch_tokens",
         "max_length",
         "learning_rate",
+        "gradient_checkpointing_every",
     ):
         if name in train and not train[name] > 0:
             yield f"train.{name} {train[name]}: must be above 0"

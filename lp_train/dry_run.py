@@ -20,13 +20,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lp_train.adapters import attach, count_parameters
+from lp_train.bench.flops import step_flops
+from lp_train.bench.memory import memory_gib
 from lp_train.config import Config, DataConfig, ModelConfig, Source, batch_split
 from lp_train.data import Data, build_data
 from lp_train.data.rows import IGNORED
 from lp_train.distill.losses import ROWS_PER_CHUNK
 from lp_train.errors import UserError
-from lp_train.estimate import memory_gib, train_flops_per_token
-from lp_train.models import load_model_config, load_tokenizer, resolve_dtype
+from lp_train.models import attention_of, load_model_config, load_tokenizer, resolve_dtype
 from lp_train.pairing import PairPlan, pair_layers
 from lp_train.pairing.families import check_family
 
@@ -87,7 +88,7 @@ def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
 
 def build_on_meta(model_config: PretrainedConfig, plan: PairPlan, config: Config, dtype: torch.dtype) -> nn.Module:
     """The paired model with what is trained in it, as shapes without memory."""
-    attention = config.model.attn_implementation
+    attention = attention_of(config.model, model_config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
@@ -119,14 +120,14 @@ def draw(plan: PairPlan) -> str:
 def print_costs(model_config: PretrainedConfig, plan: PairPlan, config: Config, rows: int, dtype: torch.dtype) -> None:
     trainable, everything = count_parameters(build_on_meta(model_config, plan, config, dtype))
     base = everything if config.tune == "full" else everything - trainable
-    flops = train_flops_per_token(model_config, plan, config, config.train["max_length"])
+    flops = step_flops(model_config, plan, config, [config.train["max_length"]]).total(1, 1)
     memory = memory_gib(model_config, plan, config, rows, dtype, ROWS_PER_CHUNK)
     _table(
         {
             "effective depth": f"{plan.effective_depth} of {plan.num_layers} layers",
             "parameters": f"{base:,}",
             "trainable": f"{trainable:,} ({trainable / base:.2%})",
-            "FLOPs per token": f"{flops / 1e9:,.2f} G (original, student, backward)",
+            "FLOPs per token": f"{flops / 1e9:,.2f} G (original, student, backward; whole-row documents)",
         }
     )
     print(f"\nmemory per GPU (estimate), {config.model.quantization or str(dtype).removeprefix('torch.')}:")

@@ -37,14 +37,15 @@ from trl import SFTConfig
 
 from lp_train import models, track
 from lp_train.adapters import attach, count_parameters, start_from_activations
+from lp_train.bench.flops import peak_flops, step_flops
 from lp_train.config import Config, config_to_yaml, load_config
 from lp_train.data import Data, RowCollator, build_data
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.callbacks import Console, MetricsFile
+from lp_train.distill.compiled import compiles, training_attention
 from lp_train.distill.trainer import PairedTrainer, TrainingDiverged, peak_memory_gib
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError
-from lp_train.estimate import peak_flops, train_flops_per_token
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
@@ -197,7 +198,7 @@ def check_model(config: Config) -> PairPlan:
     if attention in family.wrong_attention:
         raise UserError(
             f"model.attn_implementation {attention!r}: leaves out a part of {model_config.model_type}'s attention; "
-            "use eager or flex_attention"
+            "use auto, eager or flex_attention"
         )
     if config.model.quantization:
         models.require_bitsandbytes()
@@ -235,6 +236,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     held_out: Callable[[], dict[str, float | None]],
 ) -> PairedTrainer:
+    document_lengths = bench.data.train.with_format("arrow")["seq_lengths"].combine_chunks()
     trainer = PairedTrainer(
         model=model,
         args=args,
@@ -246,8 +248,11 @@ def make_trainer(
         measure=held_out,
         callbacks=[MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
         tokens_per_step=config.train["global_batch_tokens"],
-        flops_per_token=train_flops_per_token(model.config, plan, config, config.train["max_length"]),
+        flops=step_flops(model.config, plan, config, document_lengths.flatten().to_numpy()).total,
         peak_flops=peak_flops(bench.state.device),
+        compile=compiles(config.train["torch_compile"], bench.state.device),
+        attn_implementation=training_attention(config, bench.state.device),
+        checkpoint_every=config.train["gradient_checkpointing_every"],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lp_train.config import ModelConfig
 from lp_train.data.pydocs import cache_folder
 from lp_train.errors import UserError
-from lp_train.pairing import PairPlan, pair_layers
+from lp_train.pairing import FAMILIES, PairPlan, pair_layers
 from lp_train.pairing.families import decoder_of
 
 WHEEL = "wheel:"
@@ -168,11 +168,20 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
+def attention_of(config: ModelConfig, model_config: PretrainedConfig | None = None) -> str:
+    """``model.attn_implementation`` with auto resolved: sdpa, or eager for families whose sdpa leaves something out."""
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    model_config = model_config or load_model_config(config)
+    family = FAMILIES.get(model_config.get_text_config().model_type)
+    return "eager" if family and "sdpa" in family.wrong_attention else "sdpa"
+
+
 def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Module:
     """The sequential original on its device, in eval mode, with all weights frozen."""
     where = where or device()
     dtype = resolve_dtype(config.dtype, where)
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": config.attn_implementation}
+    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention_of(config)}
     if config.quantization == "nf4":
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -230,7 +239,7 @@ def stamp(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
         "revision": config.revision,
         "fingerprint": _base_fingerprint(model),
         "dtype": config.dtype,
-        "attn_implementation": config.attn_implementation,
+        "attn_implementation": model.config._attn_implementation,
         "quantization": config.quantization,
     }
     record = model.config.layer_parallel = {**model.config.layer_parallel, "base": base}

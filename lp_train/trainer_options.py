@@ -29,6 +29,8 @@ OUR_TRAIN_DEFAULTS: dict[str, Default] = {
     "save_steps": Default(50, "a stopped run loses at most fifty steps"),
     "save_total_limit": Default(2, "checkpoints of adapters, the last two are enough"),
     "gradient_checkpointing": Default(False, "costs a second forward; set it when the memory does not suffice"),
+    "gradient_checkpointing_every": Default(1, "with 2, every second block from the first pair on: half of either"),
+    "torch_compile": Default("auto", "each block of layers is compiled on a GPU; a minute at the start"),
     "seed": Default(0, "the data's order and the adapters' start"),
 }
 
@@ -71,6 +73,8 @@ OWNED_TRAIN: dict[str, str] = {
     "fp16": "use model.dtype",
     "bf16_full_eval": "use model.dtype",
     "fp16_full_eval": "use model.dtype",
+    "torch_compile_backend": "blocks are compiled by inductor for fixed shapes",
+    "torch_compile_mode": "blocks are compiled by inductor for fixed shapes",
     "use_cpu": "accelerate launch decides where it runs; ACCELERATE_USE_CPU=true forces the CPU",
     "use_cache": "packed documents would see each other with a cache",
     "model_init_kwargs": "use the section model",

@@ -161,34 +161,50 @@ def test_pair_outputs_are_the_hidden_states_after_each_pair(name: str) -> None:
         # hidden_states[i + 1] is what layer i returned, but for the last, which is after the final norm
         theirs = CASES[name].model()(**batch, use_cache=False, output_hidden_states=True).hidden_states
         ours = model(**batch, use_cache=False, output_hidden_states=True).hidden_states
-    assert set(outputs) == set(recording.pair_outputs) == {2, 5}
-    assert torch.equal(recording.pair_outputs[2], theirs[3]) and torch.equal(outputs[2], ours[3])
+    assert set(outputs) == set(recording.pair_outputs) == {0, 2}  # of the blocks (1, 2), 3, (4, 5)
+    assert torch.equal(recording.pair_outputs[0], theirs[3]) and torch.equal(outputs[0], ours[3])
     norm = model.get_decoder().norm
-    assert torch.equal(norm(recording.pair_outputs[5]), theirs[-1]) and torch.equal(norm(outputs[5]), student)
-    assert outputs[2].requires_grad and not recording.pair_outputs[2].requires_grad
+    assert torch.equal(norm(recording.pair_outputs[2]), theirs[-1]) and torch.equal(norm(outputs[2]), student)
+    assert outputs[0].requires_grad and not recording.pair_outputs[0].requires_grad
 
 
 def test_nothing_is_kept_without_being_asked() -> None:
     model = paired("llama")
     recording = run_original(model, inputs())
     assert recording.pair_outputs == {} and run_suffix(model, recording)[1] == {}
-    assert sorted(recording.kwargs) == [1, 2, 3, 4, 5] and recording.first_layer == 1
+    layers = list(model.get_decoder().layers)
+    assert [[layers.index(layer) for layer, _ in block] for block in recording.blocks] == [[1, 2], [3], [4, 5]]
 
 
-def test_hooks_are_removed_also_after_an_error() -> None:
+def test_the_layers_are_back_in_place_also_after_an_error() -> None:
     model = paired("llama")
-    layers = model.get_decoder().layers
-
-    def hooks() -> list[int]:
-        return [len(layer._forward_pre_hooks) + len(layer._forward_hooks) for layer in layers]
-
+    decoder = model.get_decoder()
+    layers = decoder.layers
     run_original(model, inputs(), keep_pair_outputs=True)
-    assert hooks() == [0] * 6
+    assert decoder.layers is layers
+    handle = layers[3].mlp.register_forward_pre_hook(stop)
     with pytest.raises(RuntimeError, match="stopped"):
-        layers[3].mlp.register_forward_pre_hook(stop)
-        run_original(model, inputs(), keep_pair_outputs=True)
-    assert hooks() == [0] * 6
-    assert model.get_decoder().layers[1]._pairing.parallel  # and the pairs are side by side again
+        run_original(model, inputs())
+    assert layers[1]._pairing.parallel  # and the pairs are side by side again
+    handle.remove()
+    decoder.rotary_emb.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run_original(model, inputs())
+    assert decoder.layers is layers
+
+
+def test_an_attention_mask_is_refused_as_it_would_let_documents_mix() -> None:
+    batch = inputs()
+    with pytest.raises(ValueError, match="attention_mask.*see each other"):
+        run_original(paired("llama"), batch | {"attention_mask": torch.ones_like(batch["input_ids"])})
+
+
+def test_a_cache_is_refused_as_it_would_let_documents_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = paired("llama")
+    decoder, forward = model.get_decoder(), model.get_decoder().forward
+    monkeypatch.setattr(decoder, "forward", lambda **kwargs: forward(**{**kwargs, "use_cache": True}))
+    with pytest.raises(ValueError, match="past_key_values.*see each other"):
+        run_original(model, inputs())
 
 
 def stop(*_: Any) -> None:

@@ -179,12 +179,13 @@ def test_one_line_of_metrics_per_log(make: Make, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 5]  # the last step whatever logging_steps
     names = {"loss", "kd", "ce", "hidden", "grad_norm", "learning_rate", "trained_tokens"}
-    names |= {"tokens_per_second", "memory_gib", "seconds_left", "mfu"}
+    names |= {"tokens_per_second", "trained_tokens_per_second", "memory_gib", "seconds_left", "mfu"}
     for line in lines:
         if "loss" in line:
             assert names <= line.keys()
             assert all(math.isfinite(line[name]) for name in names)
-            assert line["mfu"] == pytest.approx(line["tokens_per_second"] * 1e3 / 1e6)
+            flops = line["tokens_per_second"] * 1e3 + line["trained_tokens_per_second"] * 500
+            assert line["mfu"] == pytest.approx(flops / 1e6)
     assert lines[2]["seconds_left"] == 0
     (evaluated,) = (line for line in lines if "eval_nll" in line)
     assert evaluated["step"] == 5 and evaluated["eval_kl"] == 0.5

@@ -69,6 +69,8 @@ def trainer_maker(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokeni
         dropout: float = 0.0,
         evaluate: Callable[[nn.Module], Mapping[str, float | None]] = lambda model: {},
         callbacks: tuple[TrainerCallback, ...] = (),
+        compile: bool = False,
+        checkpoint_every: int = 1,
         **options: Any,
     ) -> PairedTrainer:
         base = LlamaForCausalLM(tiny_llama.config).float()
@@ -100,8 +102,10 @@ def trainer_maker(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokeni
             measure=lambda: evaluate(model),
             callbacks=[MetricsFile(folder / "metrics.jsonl"), *callbacks],
             tokens_per_step=batch[0] * batch[1] * LENGTH,
-            flops_per_token=1e3,
+            flops=lambda tokens, trained: 1e3 * tokens + 500 * trained,
             peak_flops=1e6,
+            compile=compile,
+            checkpoint_every=checkpoint_every,
         )
 
     return build

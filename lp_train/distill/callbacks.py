@@ -9,6 +9,10 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
+from lp_train.distill.replay import in_blocks
+from lp_train.pairing import plan_of
+from lp_train.pairing.families import decoder_of
+
 CONSOLE = {  # name in the log -> how it reads on the console
     "loss": "loss {:.4f}",
     "kd": "kd {:.4f}",
@@ -37,6 +41,26 @@ class Console(ProgressCallback):
         parts = [form.format(logs[name]) for name, form in CONSOLE.items() if logs.get(name) is not None]
         if state.is_world_process_zero and self.training_bar is not None and parts:
             self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
+
+
+class CheckpointEvery(TrainerCallback):
+    """Of gradient checkpointing, which the Trainer has just enabled, keeps every n-th block from the first pair on."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not args.gradient_checkpointing:
+            return
+        layers, (plan, _) = decoder_of(model).layers, plan_of(model)
+        below, blocks = in_blocks(layers, plan)
+        for layer in below:
+            layer.gradient_checkpointing = False
+        for i, block in enumerate(blocks):
+            for layer in block:
+                layer.gradient_checkpointing = i % self.every == 0
 
 
 class MetricsFile(TrainerCallback):

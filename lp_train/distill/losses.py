@@ -1,12 +1,14 @@
 """Losses over one frozen head, in chunks of tokens: the full logits of a batch never exist.
 
-The gradient with respect to the student's hidden states is made chunk by chunk in the forward pass; the head never
-gets one.
+The gradient with respect to the student's hidden states is made in the forward pass, chunk by chunk and in closed
+form; the head never gets one.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,30 +43,17 @@ class Head:
         bias = None if head.bias is None else head.bias.detach()
         return cls(head.weight.detach(), bias, softcap)
 
+    def project(self, hidden: Tensor) -> Tensor:
+        """hidden [N, D] -> logits [N, V] before the soft cap, in the precision of the product."""
+        return F.linear(hidden, self.weight, self.bias)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> float32 logits [N, V]."""
-        logits = F.linear(hidden, self.weight, self.bias).float()
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return _capped(self.project(hidden).float(), self.softcap)
 
 
-def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
-    """Generalised Jensen-Shannon divergence per token, from logits [N, V]; returns [N] in nats.
-
-    beta 0 is the forward KL(teacher || student), 1 the reverse KL(student || teacher); between them
-    beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student, TRL's convention
-    (GKD, arXiv 2306.13649, eq. 1). As there, it is not multiplied by temperature squared.
-    """
-    log_s, log_t = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
-    if beta == 0:
-        return _kl(log_t, log_s)
-    if beta == 1:
-        return _kl(log_s, log_t)
-    log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
-    return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits.float() / softcap)
 
 
 class LossSums(NamedTuple):
@@ -76,16 +65,86 @@ class LossSums(NamedTuple):
     hidden: Tensor
 
 
-def _chunk(student: Tensor, teacher: Tensor, labels: Tensor, head: Head, loss: LossConfig) -> tuple[Tensor, Tensor]:
-    logits = head.logits(student)
-    kd = ce = logits.new_zeros(())
-    if loss.kd:
-        with torch.no_grad():
-            teacher_logits = head.logits(teacher)
-        kd = divergence(logits, teacher_logits, loss.beta, loss.temperature).sum()
+# --- divergences and their gradients ---------------------------------------------------------------------------------
+
+
+def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
+    """Generalised Jensen-Shannon divergence per token, from logits [N, V]; returns [N] in nats.
+
+    beta 0 is the forward KL(teacher || student), 1 the reverse KL(student || teacher); between them
+    beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student, TRL's convention
+    (GKD, arXiv 2306.13649, eq. 1). As there, it is not multiplied by temperature squared.
+    """
+    return divergence_and_gradient(student, teacher, beta, temperature)[0]
+
+
+def divergence_and_gradient(
+    student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """:func:`divergence` [N] and its gradient with respect to the student's logits [N, V].
+
+    With q = softmax(student / T), p = softmax(teacher / T) and m as above, the gradient times T is
+
+        beta 0:   q - p
+        else:     (1 - beta) q (log(q / m) - KL(q || m)),   where m = p and the factor is 1 for beta 1
+    """
+    log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+    p = log_p.exp()
+    if beta == 0:  # in place: on a CPU the time is that of touching memory
+        value = log_p.sub_(log_q).mul_(p).sum(-1)
+        return value, _scaled(log_q.exp_().sub_(p), 1 / temperature)
+    q = log_q.exp()
+    log_m, weight = log_p, 1.0
+    if beta != 1:
+        log_m, weight = torch.logaddexp(log_q + math.log1p(-beta), log_p + math.log(beta)), 1.0 - beta
+    gap = log_q - log_m
+    from_student = (q * gap).sum(-1)
+    gradient = q * (gap - from_student[:, None]) * (weight / temperature)
+    if beta == 1:
+        return from_student, gradient
+    return beta * (p * (log_p - log_m)).sum(-1) + weight * from_student, gradient
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(_scaled(logits, 1 / temperature), -1, dtype=torch.float32)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def cross_entropy_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over the rows whose label is not -100, and its gradient with respect to the logits [N, V]."""
+    kept = labels != IGNORED
+    index = labels.clamp(min=0)[:, None]
+    log_q = _log_softmax(logits, 1.0)
+    one_hot = torch.arange(logits.shape[-1], device=logits.device) == index
+    gradient = (log_q.exp() - one_hot.float()) * kept[:, None]
+    return -(log_q.gather(1, index)[:, 0] * kept).sum(), gradient
+
+
+# --- the head --------------------------------------------------------------------------------------------------------
+
+
+def _loss_of_logits(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, loss: LossConfig, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From logits [N, V] before the soft cap: divergence and cross-entropy summed, and the gradient of their weighted
+    sum with respect to the student's, in the logits' precision."""
+    logits = _capped(student, softcap)
+    kd = ce = torch.zeros((), device=student.device)
+    gradients = []
+    if teacher is not None:
+        per_token, of_kd = divergence_and_gradient(logits, _capped(teacher, softcap), loss.beta, loss.temperature)
+        kd = per_token.sum()
+        gradients.append(_scaled(of_kd, loss.kd))
     if loss.ce:
-        ce = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return kd, ce
+        ce, of_ce = cross_entropy_and_gradient(logits, labels)
+        gradients.append(_scaled(of_ce, loss.ce))
+    gradient = gradients[0] if len(gradients) == 1 else gradients[0] + gradients[1]
+    if softcap is not None:
+        gradient = gradient * (1 - (logits / softcap).square())
+    return kd, ce, gradient.to(student.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -95,14 +154,16 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad = torch.empty_like(student)
         kd_sum, ce_sum = student.new_zeros(2, dtype=torch.float32)
+        of_logits = _compiled_loss_of_logits() if student.is_cuda else _loss_of_logits
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)
-            with torch.enable_grad():
-                hidden = student[part].detach().requires_grad_()
-                kd, ce = _chunk(hidden, teacher[part], labels[part], head, loss)
-                total = loss.kd * kd + loss.ce * ce
-            (grad[part],) = torch.autograd.grad(total, hidden)
-            kd_sum, ce_sum = kd_sum + kd.detach(), ce_sum + ce.detach()
+            ours, theirs, wanted = student[part], teacher[part], labels[part]
+            if student.is_cuda:
+                ours, theirs, wanted = _filled(ours, rows), _filled(theirs, rows), _filled(wanted, rows, IGNORED)
+            target = head.project(theirs) if loss.kd else None
+            kd, ce, grad_logits = of_logits(head.project(ours), target, wanted, loss, head.softcap)
+            grad[part] = (grad_logits @ head.weight)[: len(grad[part])]
+            kd_sum, ce_sum = kd_sum + kd, ce_sum + ce
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(kd_sum, ce_sum)
         return loss.kd * kd_sum + loss.ce * ce_sum, kd_sum, ce_sum
@@ -111,6 +172,17 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * grad_total, None, None, None, None, None
+
+
+def _filled(chunk: Tensor, rows: int, value: int = 0) -> Tensor:
+    """The last chunk of a batch, filled up to the size of the others: one shape for the compiler."""
+    missing = rows - len(chunk)
+    return F.pad(chunk, (0, 0) * (chunk.ndim - 1) + (0, missing), value=value) if missing else chunk
+
+
+@functools.cache
+def _compiled_loss_of_logits() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_loss_of_logits, dynamic=False)
 
 
 def head_loss(

@@ -1,52 +1,141 @@
-"""One forward of the original in order; the paired model goes on from its first pair with what was recorded.
+"""One pass of the original in order; the paired model goes on from its first pair with what was recorded.
 
-The layers below the first pair are the same for both, so they run once.
+The layers below the first pair are the same for both, so they run once, without gradient.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
-from lp_train.pairing import plan_of, sequential
+from lp_train.pairing import PairPlan, plan_of, sequential
 from lp_train.pairing.families import check_family, decoder_of
+
+LayerCall = tuple[nn.Module, dict[str, Any]]  # a decoder layer and its keyword arguments
+T = TypeVar("T")
+RunBlock = Callable[[Tensor, Sequence[LayerCall]], Tensor]
 
 
 @dataclass
 class Recording:
-    """A forward of the original: its result, and what the layers from the first pair on were called with."""
+    """A pass of the original: its result, and what the layers are called with."""
 
-    first_layer: int
-    hidden: Tensor | None = None  # [B, T, D], the input of the first paired layer
-    kwargs: dict[int, dict[str, Any]] = field(default_factory=dict)
-    pair_outputs: dict[int, Tensor] = field(default_factory=dict)  # by the second layer of each pair
-    final: Tensor | None = None  # [B, T, D], after the final norm
+    blocks: list[list[LayerCall]]  # from the first pair on: the two layers of a pair, or one layer
+    hidden: Tensor  # [B, T, D], the input of the first pair
+    final: Tensor  # [B, T, D], after the final norm
+    pair_outputs: dict[int, Tensor] = field(default_factory=dict)  # by the pair's place in `blocks`
+
+
+def run_block(hidden: Tensor, calls: Sequence[LayerCall]) -> Tensor:
+    """hidden [B, T, D] through layers one after the other."""
+    for layer, kwargs in calls:
+        hidden = layer(hidden, **kwargs)
+    return hidden
 
 
 @torch.no_grad()
-def run_original(model: nn.Module, inputs: dict[str, Tensor], keep_pair_outputs: bool = False) -> Recording:
+def run_original(
+    model: nn.Module, inputs: dict[str, Tensor], keep_pair_outputs: bool = False, block: RunBlock = run_block
+) -> Recording:
     """Runs the sequential original on ``input_ids`` and ``position_ids`` [B, T], without cache or attention mask.
 
     Documents packed into one row stay apart by their position ids only as long as there is neither.
+    ``block`` runs one block of layers; a compiled :func:`run_block` does it faster.
+
+    Raises:
+        ValueError: there is an attention mask, or the layers are given a cache.
     """
     plan, _ = plan_of(model)
-    recording = Recording(plan.first_layer)
-    ends = [second for _, second in plan.pairs] if keep_pair_outputs else []
-    with _recorded(decoder_of(model).layers, recording, ends), sequential(model):
-        out = decoder_of(model)(
+    hidden, calls = layer_calls(model, inputs)
+    below, blocks = in_blocks(calls, plan)
+    outputs: dict[int, Tensor] = {}
+    with sequential(model):
+        for call in below:
+            hidden = block(hidden, [call])
+        first = hidden
+        for i, layers in enumerate(blocks):
+            hidden = block(hidden, layers)
+            if keep_pair_outputs and len(layers) == 2:
+                outputs[i] = hidden
+        return Recording(blocks, first, decoder_of(model).norm(hidden), outputs)
+
+
+def run_suffix(model: nn.Module, recording: Recording, block: RunBlock = run_block) -> tuple[Tensor, dict[int, Tensor]]:
+    """The model as it is switched now, from the first paired layer on.
+
+    Returns the hidden states after the final norm [B, T, D], and those after each pair of ``recording.pair_outputs``.
+    """
+    hidden, outputs = recording.hidden, {}
+    decoder = decoder_of(model)
+    if torch.is_grad_enabled() and getattr(decoder.layers[-1], "gradient_checkpointing", False):
+        hidden = hidden.detach().requires_grad_()  # reentrant checkpointing makes no gradient without one of its input
+    for i, layers in enumerate(recording.blocks):
+        hidden = block(hidden, layers)
+        if i in recording.pair_outputs:
+            outputs[i] = hidden
+    return decoder.norm(hidden), outputs
+
+
+def in_blocks(layers: Sequence[T], plan: PairPlan) -> tuple[list[T], list[list[T]]]:
+    """What there is for each layer below the first pair, and from there on in blocks: two for a pair, else one."""
+    partner = dict(plan.pairs)
+    above = [i for i in range(plan.first_layer, len(layers)) if i not in partner.values()]
+    blocks = [[layers[i], layers[partner[i]]] if i in partner else [layers[i]] for i in above]
+    return [layers[i] for i in range(plan.first_layer)], blocks
+
+
+# --- what the decoder calls its layers with --------------------------------------------------------------------------
+
+
+class _Call(nn.Module):
+    """Stands for a decoder layer: keeps what it is called with and lets its input through."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.attention_type = getattr(layer, "attention_type", None)  # by it some decoders choose a layer's mask
+        self.hidden, self.kwargs = torch.empty(0), dict[str, Any]()
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden, self.kwargs = hidden_states, kwargs
+        return hidden_states
+
+
+def layer_calls(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, list[LayerCall]]:
+    """The input of the first decoder layer [B, T, D], and every layer with its mask, rotary table and the like.
+
+    They are made by the decoder's own forward, with stand-ins for its layers.
+    """
+    if "attention_mask" in inputs:
+        raise ValueError("attention_mask: documents packed into one row would see each other; leave it out")
+    decoder = decoder_of(model)
+    layers = decoder.layers
+    with _replaced(decoder, nn.ModuleList(_Call(layer) for layer in layers)) as stand_ins:
+        decoder(
             input_ids=inputs["input_ids"],
             attention_mask=_masks(model, inputs),
             position_ids=inputs.get("position_ids"),
             use_cache=False,
+            output_hidden_states=False,
         )
-    recording.final = out.last_hidden_state
-    return recording
+    calls = [(layer, stand_in.kwargs) for layer, stand_in in zip(layers, stand_ins, strict=True)]
+    if any(kwargs.get("past_key_values") is not None for _, kwargs in calls):
+        raise ValueError("past_key_values: documents packed into one row would see each other; run without a cache")
+    return stand_ins[0].hidden, calls
+
+
+@contextlib.contextmanager
+def _replaced(decoder: nn.Module, stand_ins: nn.ModuleList) -> Iterator[nn.ModuleList]:
+    layers, decoder.layers = decoder.layers, stand_ins
+    try:
+        yield stand_ins
+    finally:
+        decoder.layers = layers
 
 
 def _masks(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
@@ -57,44 +146,3 @@ def _masks(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
     return create_masks_for_generate(
         model.config, embeddings, attention_mask=None, past_key_values=None, position_ids=inputs["position_ids"]
     )
-
-
-@contextlib.contextmanager
-def _recorded(layers: nn.ModuleList, recording: Recording, ends: list[int]) -> Iterator[None]:
-    def before(i: int) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if i == recording.first_layer:
-                recording.hidden = args[0]
-            recording.kwargs[i] = kwargs
-
-        return hook
-
-    def after(i: int) -> Any:
-        return lambda module, args, out: recording.pair_outputs.__setitem__(i, out)
-
-    hooks = [
-        layers[i].register_forward_pre_hook(before(i), with_kwargs=True)
-        for i in range(recording.first_layer, len(layers))
-    ]
-    hooks += [layers[i].register_forward_hook(after(i)) for i in ends]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def run_suffix(model: nn.Module, recording: Recording) -> tuple[Tensor, dict[int, Tensor]]:
-    """The model as it is switched now, from the first paired layer on.
-
-    Returns the hidden states after the final norm [B, T, D], and those after each pair of ``recording.pair_outputs``.
-    """
-    decoder, hidden, outputs = decoder_of(model), recording.hidden, {}
-    assert hidden is not None
-    if torch.is_grad_enabled() and getattr(decoder.layers[-1], "gradient_checkpointing", False):
-        hidden = hidden.detach().requires_grad_()  # reentrant checkpointing makes no gradient without one of its input
-    for i in range(recording.first_layer, len(decoder.layers)):
-        hidden = decoder.layers[i](hidden, **recording.kwargs[i])
-        if i in recording.pair_outputs:
-            outputs[i] = hidden
-    return decoder.norm(hidden), outputs

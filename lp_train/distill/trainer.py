@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -18,8 +19,10 @@ from trl.models.utils import _ForwardRedirection
 
 from lp_train.config import LossConfig
 from lp_train.data.rows import IGNORED
+from lp_train.distill.callbacks import CheckpointEvery
+from lp_train.distill.compiled import attention, compiled_block
 from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
-from lp_train.distill.replay import run_original, run_suffix
+from lp_train.distill.replay import run_block, run_original, run_suffix
 from lp_train.errors import UserError
 
 
@@ -37,6 +40,11 @@ class PairedTrainer(SFTTrainer):
     The loss is the weighted sum of divergence, cross-entropy and hidden-state error over the trained tokens of the
     whole global batch, divided by their number, so that the gradient does not depend on how the batch is cut into
     micro-batches and processes. ``measure()`` gives the held-out figures for each evaluation.
+
+    ``flops`` gives those of a number of tokens, of which a number is trained. ``compile`` compiles each block of
+    layers; ``attn_implementation`` is Transformers' name of the attention used in training, None for the model's own,
+    which evaluations always use. With gradient checkpointing, every ``checkpoint_every``-th block from the first pair
+    on is checkpointed.
     """
 
     def __init__(
@@ -51,8 +59,11 @@ class PairedTrainer(SFTTrainer):
         measure: Callable[[], Mapping[str, float | None]],
         callbacks: list[TrainerCallback],
         tokens_per_step: int,
-        flops_per_token: float,
+        flops: Callable[[float, float], float],
         peak_flops: float | None,
+        compile: bool = False,
+        attn_implementation: str | None = None,
+        checkpoint_every: int = 1,
     ) -> None:
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
@@ -63,17 +74,21 @@ class PairedTrainer(SFTTrainer):
             eval_dataset=eval_dataset,
             data_collator=collate,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*callbacks, CheckpointEvery(checkpoint_every)],
         )
         for name, parameter in model.named_parameters():  # TRL rounds the adapters of a 4-bit base to bf16
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtypes[name])
         self.model_accepts_loss_kwargs = True  # our loss divides by the global number of trained tokens itself
         self.loss, self.measure = loss, measure
-        self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
+        self.tokens_per_step, self.flops, self.peak_flops = tokens_per_step, flops, peak_flops
+        self.block = compiled_block() if compile else run_block
+        self.attn_implementation = attn_implementation
+        self._own_attention = model.config.get_text_config()._attn_implementation
         self.trained_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self._pending: list[Tensor] = []  # [kd, ce, hidden] sums of the micro-batches since the last log line
         self._since: tuple[float, int] | None = None  # time and step of the last log line
+        self._trained_then = 0  # trained tokens at that line
         self.seconds = 0.0  # of training, evaluations left out
         self._last_checkpoint: str | None = None
 
@@ -96,19 +111,28 @@ class PairedTrainer(SFTTrainer):
 
     def _sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> LossSums:
         loss = self.loss
-        recording = run_original(model, inputs, keep_pair_outputs=loss.hidden > 0)
-        hidden, outputs = run_suffix(model, recording)
-        trained = inputs["labels"][:, 1:] != IGNORED
-        labels = inputs.get("ce_labels", inputs["labels"])[:, 1:][trained]
-        assert recording.final is not None
+        labels = next_labels(inputs["labels"])
+        trained = (labels != IGNORED).nonzero()[:, 0]  # before the forward: the GPU would have to finish it first
+        if "ce_labels" in inputs:
+            labels = next_labels(inputs["ce_labels"])
+        recording = run_original(model, inputs, keep_pair_outputs=loss.hidden > 0, block=self.block)
+        hidden, outputs = run_suffix(model, recording, self.block)
+
+        def of_trained(states: Tensor) -> Tensor:
+            return states.flatten(0, 1).index_select(0, trained)
+
         total, kd, ce = head_loss(
-            hidden[:, :-1][trained], recording.final[:, :-1][trained], labels, Head.of(model), loss
+            of_trained(hidden), of_trained(recording.final), labels[trained], Head.of(model), loss
         )
         error = total.new_zeros(())
-        for layer, output in outputs.items():
-            teacher = recording.pair_outputs[layer][:, :-1][trained]
-            error = error + hidden_loss(output[:, :-1][trained], teacher) / len(outputs)
+        for pair, output in outputs.items():
+            teacher = of_trained(recording.pair_outputs[pair])
+            error = error + hidden_loss(of_trained(output), teacher) / len(outputs)
         return LossSums(total + loss.hidden * error, kd, ce, error)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with attention(self.model, self.attn_implementation):
+            return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
         if self._since is None:
@@ -123,7 +147,8 @@ class PairedTrainer(SFTTrainer):
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The held-out figures of :attr:`measure`, logged under ``eval_``."""
         started = time.perf_counter()
-        found = self.measure().items()
+        with attention(self.model, self._own_attention):
+            found = self.measure().items()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found if value is not None}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -150,15 +175,18 @@ class PairedTrainer(SFTTrainer):
         self._since = (now, step)
         self.seconds += now - then
         seconds_per_step = (now - then) / max(1, step - step_then)
-        rate = self.tokens_per_step / seconds_per_step
+        tokens, trained = self.tokens_per_step * (step - step_then), int(self.trained_tokens) - self._trained_then
+        self._trained_then += trained
         speed = {
-            "tokens_per_second": rate,
+            "tokens_per_second": tokens / (now - then),
+            "trained_tokens_per_second": trained / (now - then),
             "trained_tokens": int(self.trained_tokens),
             "memory_gib": peak_memory_gib(),
             "seconds_left": (self.state.max_steps - step) * seconds_per_step,
         }
         if self.peak_flops:
-            speed["mfu"] = rate * self.flops_per_token / (self.peak_flops * self.accelerator.num_processes)
+            flops = self.flops(tokens, trained) / self.accelerator.num_processes
+            speed["mfu"] = flops / (now - then) / self.peak_flops
         return speed
 
     def _stop_when_diverged(self, loss: float) -> None:
@@ -199,7 +227,13 @@ class PairedTrainer(SFTTrainer):
         self._last_checkpoint = resume_from_checkpoint
         totals = json.loads((Path(resume_from_checkpoint) / TOTALS).read_text())
         self.trained_tokens += totals["trained_tokens"]
+        self._trained_then = totals["trained_tokens"]
         self.seconds += totals["seconds"]
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """labels [B, T] -> [B * T], at each position the label of the next one, and -100 at a row's last."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
 
 
 def peak_memory_gib() -> float:

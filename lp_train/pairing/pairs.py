@@ -104,6 +104,7 @@ def pair_layers(model: nn.Module, plan: PairPlan | str | Sequence[Sequence[int]]
     for k, j in plan.pairs:
         for layer, mixin in ((layers[k], _First), (layers[j], _Second)):
             layer._pairing = pairing
+            layer._kwargs = None  # of the layer itself from the start: a compiled layer's guards see where it is
             layer.__class__ = _subclass(mixin, layer.__class__)
         object.__setattr__(layers[j], "_first", layers[k])  # a plain reference: no second registration, no new key
     model.config.layer_parallel = {"pairs": [list(pair) for pair in plan.pairs], "algebra": algebra}

@@ -1,0 +1,55 @@
+"""What makes a training step fast on a GPU: compiled blocks of layers, and attention that skips what is masked."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils._triton import has_triton
+
+from lp_train.config import Config
+from lp_train.distill.replay import RunBlock, run_block
+
+GRAPHS = 64  # of run_block: two modes, with and without gradient, times the kinds of layers; PyTorch gives up after 8
+
+
+def compiles(setting: bool | Literal["auto"], device: torch.device) -> bool:
+    """Whether ``train.torch_compile`` means to compile on this device: auto does on a GPU."""
+    if setting != "auto" or device.type != "cuda":
+        return setting is True
+    if not has_triton():
+        warnings.warn(
+            "Triton is missing, so nothing is compiled and training runs at about half of its speed; "
+            "`pip install triton`, or set train.torch_compile false",
+            stacklevel=2,
+        )
+    return has_triton()
+
+
+def training_attention(config: Config, device: torch.device) -> str | None:
+    """The attention to train with where it is not the model's own: its block mask skips what documents do not share."""
+    automatic = config.model.attn_implementation == "auto" and device.type == "cuda"
+    return "flex_attention" if automatic and compiles(config.train["torch_compile"], device) else None
+
+
+def compiled_block(backend: str = "inductor") -> RunBlock:
+    """:func:`run_block` compiled for the shapes it is called with: one graph per kind of block, not per layer."""
+    torch._dynamo.config.recompile_limit = GRAPHS
+    torch._dynamo.config.optimize_ddp = False  # it splits graphs where DDP's buckets end, but ours are no larger
+    return torch.compile(run_block, dynamic=False, backend=backend)
+
+
+@contextlib.contextmanager
+def attention(model: nn.Module, implementation: str | None) -> Iterator[None]:
+    """Inside: the model attends by another of Transformers' implementations. None leaves it alone."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = implementation or before
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,141 @@
+"""Speed and memory of training, on random weights and tokens: steps, a sweep over shapes, the loss alone.
+
+    python scripts/bench.py train --shape llama-8b --batch 8 --seq 2048
+    python scripts/bench.py sweep --shape llama-1b --out runs/sweep
+    python scripts/bench.py loss --rows 16384 --width 4096 --vocab 128256
+
+On a CPU, in seconds:
+
+    python scripts/bench.py train --shape smollm2-135m --layers 4 --pairs 1:3 --batch 1 --seq 64 --vocab 512 \\
+        --steps 2 --warmup 1 --dtype float32 --no-compile
+    python scripts/bench.py loss --rows 64 --width 32 --vocab 512 --dtype float32
+
+Prints a table, and as the last line one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from lp_train import models
+from lp_train.bench import losses, sweep, table, training
+from lp_train.bench.case import SHAPES, Case
+from lp_train.errors import UserError
+from lp_train.finetune import quieten_libraries
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    quieten_libraries()
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(options: argparse.Namespace) -> None:
+    found = training.run(case_of(options), variants_of(options.variants), say)
+    report(table.training(found), found)
+
+
+def run_sweep(options: argparse.Namespace) -> None:
+    axes = sweep.Axes(options.sequences, options.vocabularies, options.depths, options.tokens)
+    lines = sweep.run(case_of(options), axes, options.out, say)
+    report(f"{table.sweep(lines)}\n\n{options.out}/sweep.jsonl, {options.out}/sweep.png", {"cells": lines})
+
+
+def loss(options: argparse.Namespace) -> None:
+    device = models.device()
+    dtype = models.resolve_dtype(options.dtype, device)
+    found = losses.run(options.rows, options.width, options.vocab, dtype, device, options.repeats)
+    report(table.losses(found), found)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def report(text: str, found: dict[str, Any]) -> None:
+    print(f"\n{text}\n\n{json.dumps(found)}", flush=True)
+
+
+def case_of(options: argparse.Namespace) -> Case:
+    return Case(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Case)})
+
+
+def variants_of(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in training.VARIANTS]:
+        raise UserError(f"--variants {unknown[0]!r}: unknown; use some of {','.join(training.VARIANTS)}")
+    return names
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(required=True)
+    one = commands.add_parser("train", help="training steps: ours and what a user would otherwise run")
+    one.set_defaults(run=train)
+    one.add_argument("--variants", default=",".join(training.VARIANTS), help="default %(default)s")
+    many = commands.add_parser("sweep", help="time per token over sequence, vocabulary and first pair")
+    many.set_defaults(run=run_sweep)
+    many.add_argument("--out", type=Path, required=True, help="folder of sweep.jsonl and sweep.png")
+    many.add_argument("--sequences", type=integers, default=sweep.Axes.seq)
+    many.add_argument("--vocabularies", type=integers, default=sweep.Axes.vocab)
+    many.add_argument("--depths", type=numbers, default=sweep.Axes.depth, help="first pair, as a share of the layers")
+    many.add_argument("--tokens", type=positive, default=sweep.Axes.tokens, help="of a batch along --sequences")
+    for command in (one, many):
+        add_case(command)
+    alone = commands.add_parser("loss", help="the loss over the head alone")
+    alone.set_defaults(run=loss)
+    for name, value in {"rows": 16384, "width": 4096, "vocab": 128256, "repeats": 5}.items():
+        alone.add_argument(f"--{name}", type=positive, default=value, help="default %(default)s")
+    alone.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    return top
+
+
+def add_case(command: argparse.ArgumentParser) -> None:
+    default = Case("")
+    command.add_argument("--shape", choices=SHAPES, required=True)
+    command.add_argument("--batch", type=positive, help="rows; default 8, smollm2-135m 32")
+    command.add_argument("--seq", type=positive, help="tokens of a row; default 2048, smollm2-135m 1024")
+    command.add_argument("--pairs", type=pairs, help="15:29 or [[4,5],[8,9]]; default: the shape's own")
+    for name in ("rank", "steps", "warmup", "documents"):
+        command.add_argument(f"--{name}", type=positive, default=getattr(default, name), help="default %(default)s")
+    command.add_argument("--vocab", type=positive, help="default: the shape's own")
+    command.add_argument("--layers", type=positive, help="default: the shape's own")
+    command.add_argument("--gradient-checkpointing", action="store_true", help="for ours; a has it, b and c have not")
+    command.add_argument("--no-compile", dest="compile", action="store_false", help="ours uncompiled, and no c")
+    command.add_argument("--fp8", action="store_true", help="ours: the frozen projections in FP8")
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default=default.dtype)
+
+
+def pairs(text: str) -> str | list[list[int]]:
+    return json.loads(text) if text.startswith("[") else text
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",") if part]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

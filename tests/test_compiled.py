@@ -1,0 +1,144 @@
+"""Compiled blocks against eager ones, and what is compiled when."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from family_cases import CASES
+from test_replay import gradients, inputs, paired
+from tiny_trainer import Make, adapter, assert_same_weights, logged, trainer_maker
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lp_train.config import load_config
+from lp_train.distill import compiled, trainer
+from lp_train.distill.compiled import attention, compiled_block, compiles, training_attention
+from lp_train.distill.replay import RunBlock, run_block, run_original, run_suffix
+
+DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def make(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Make:
+    return trainer_maker(tiny_llama, tiny_tokenizer, tmp_path)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def step(model: nn.Module, batch: dict[str, Tensor], block: RunBlock) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    recording = run_original(model, batch, block=block)
+    student, _ = run_suffix(model, recording, block)
+    return recording.final, student, gradients(model, student)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_compiled_blocks_trace_whole_and_compute_the_same(name: str, checkpointing: bool) -> None:
+    """Without the kernels of inductor, so that every value is bitwise that of eager PyTorch."""
+    model, batch = paired(name), inputs()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    teacher, student, expected = step(model, batch, run_block)
+    found = step(model, batch, compiled_block("aot_eager"))
+    assert torch.equal(found[0], teacher) and torch.equal(found[1], student)
+    assert all(torch.equal(found[2][parameter], gradient) for parameter, gradient in expected.items())
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("llama", "gemma3") else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
+def test_one_graph_per_kind_of_block_and_none_after_the_first_step(name: str) -> None:
+    model, block = paired(name), compiled_block("aot_eager")
+    before, seen = graphs(), []
+    for _ in range(3):
+        run_suffix(model, run_original(model, inputs(), block=block), block)[0].sum().backward()
+        seen.append(graphs())
+    first = seen[0]
+    assert seen == [first] * 3
+    if not counters["graph_break"]:  # the experts of a mixture have some
+        kinds = len({type(layer) for layer in model.get_decoder().layers})  # plain, first and second of a pair
+        assert first - before <= 2 * (kinds + 2)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_compiles_nothing_after_its_first_step(
+    make: Make, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    monkeypatch.setattr(trainer, "compiled_block", lambda: compiled_block("aot_eager"))
+    seen: list[int] = []
+
+    class Count(trainer.TrainerCallback):
+        def on_step_end(self, *args: object, **kwargs: object) -> None:
+            seen.append(graphs())
+
+    options = {"batch": (2, accumulation), "rows": 16, "max_steps": 5}
+    ours = make(compile=True, callbacks=(Count(),), **options)
+    ours.train()
+    assert seen[0] > 0 and seen == [seen[0]] * 5
+    plain = make(name="plain", **options)
+    plain.train()
+    assert logged(ours) == pytest.approx(logged(plain), rel=1e-6)
+    assert_same_weights(adapter(ours.model), adapter(plain.model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_kernels_of_inductor_agree_with_eager(name: str) -> None:
+    model, batch = paired(name), inputs()
+    teacher, student, expected = step(model, batch, run_block)
+    found = step(model, batch, compiled_block())
+    torch.testing.assert_close(found[0], teacher, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], student, rtol=1e-5, atol=1e-5)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[2][parameter], gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_auto_compiles_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(compiled, "has_triton", lambda: True)
+    assert [compiles("auto", cpu), compiles("auto", gpu)] == [False, True]
+    assert compiles(True, cpu) and not compiles(False, gpu)
+
+
+def test_a_gpu_without_triton_is_told_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "has_triton", lambda: False)
+    with pytest.warns(UserWarning, match="Triton is missing.*set train.torch_compile false"):
+        assert not compiles("auto", torch.device("cuda"))
+
+
+def test_attention_is_switched_and_comes_back(tiny_llama: LlamaForCausalLM) -> None:
+    batch = {"input_ids": torch.arange(1, 9)[None]}
+    own = tiny_llama.config._attn_implementation
+    with pytest.raises(RuntimeError, match="stop"), attention(tiny_llama, "eager"):
+        assert tiny_llama(**batch, output_attentions=True).attentions[0] is not None  # only eager has scores
+        raise RuntimeError("stop")
+    assert tiny_llama.config._attn_implementation == own != "eager"
+    with attention(tiny_llama, None):
+        assert tiny_llama.config._attn_implementation == own
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], "flex_attention"),
+        (["model.attn_implementation=sdpa"], None),
+        (["train.torch_compile=false"], None),
+    ],
+)
+def test_attention_of_training(overrides: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "has_triton", lambda: True)
+    config = load_config(DEMO, overrides)
+    assert training_attention(config, torch.device("cuda")) == expected
+    assert training_attention(config, torch.device("cpu")) is None
