@@ -236,6 +236,9 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     held_out: Callable[[], dict[str, float | None]],
 ) -> PairedTrainer:
+    text_config, device = model.config.get_text_config(), bench.state.device
+    compile = compiles(config.train["torch_compile"], device, text_config)
+    attention = training_attention(config.model.attn_implementation, text_config, bench.dtype)
     document_lengths = bench.data.train.with_format("arrow")["seq_lengths"].combine_chunks()
     trainer = PairedTrainer(
         model=model,
@@ -250,8 +253,8 @@ def make_trainer(
         tokens_per_step=config.train["global_batch_tokens"],
         flops=step_flops(model.config, plan, config, document_lengths.flatten().to_numpy()).total,
         peak_flops=peak_flops(bench.state.device),
-        compile=compiles(config.train["torch_compile"], bench.state.device),
-        attn_implementation=training_attention(config, bench.state.device),
+        compile=compile,
+        attn_implementation=attention if compile and device.type == "cuda" else None,
         checkpoint_every=config.train["gradient_checkpointing_every"],
     )
     trainer.remove_callback(ProgressCallback)

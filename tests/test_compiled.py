@@ -2,22 +2,22 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from family_cases import CASES
-from test_replay import gradients, inputs, paired
+from test_replay import LENGTHS, gradients, inputs, paired
 from tiny_trainer import Make, adapter, assert_same_weights, logged, trainer_maker
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lp_train.config import load_config
+from lp_train.data import RowCollator
 from lp_train.distill import compiled, trainer
 from lp_train.distill.compiled import attention, compiled_block, compiles, training_attention
 from lp_train.distill.replay import RunBlock, run_block, run_original, run_suffix
-
-DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -108,14 +108,16 @@ def test_kernels_of_inductor_agree_with_eager(name: str) -> None:
 def test_auto_compiles_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(compiled, "has_triton", lambda: True)
-    assert [compiles("auto", cpu), compiles("auto", gpu)] == [False, True]
-    assert compiles(True, cpu) and not compiles(False, gpu)
+    llama, mixture = CASES["llama"].model().config, CASES["qwen3_moe"].model().config
+    assert [compiles("auto", device, llama) for device in (cpu, gpu)] == [False, True]
+    assert compiles(True, cpu, llama) and not compiles(False, gpu, llama)
+    assert not compiles("auto", gpu, mixture)
 
 
 def test_a_gpu_without_triton_is_told_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "has_triton", lambda: False)
     with pytest.warns(UserWarning, match="Triton is missing.*set train.torch_compile false"):
-        assert not compiles("auto", torch.device("cuda"))
+        assert not compiles("auto", torch.device("cuda"), CASES["llama"].model().config)
 
 
 def test_attention_is_switched_and_comes_back(tiny_llama: LlamaForCausalLM) -> None:
@@ -130,15 +132,59 @@ def test_attention_is_switched_and_comes_back(tiny_llama: LlamaForCausalLM) -> N
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("name", "dtype", "expected"),
     [
-        ([], "flex_attention"),
-        (["model.attn_implementation=sdpa"], None),
-        (["train.torch_compile=false"], None),
+        ("llama", torch.bfloat16, "packed_flash"),
+        ("gemma3", torch.float16, "packed_flash"),
+        ("llama", torch.float32, "flex_attention"),
+        ("gemma2", torch.bfloat16, "flex_attention"),  # soft cap
+        ("gpt_oss", torch.bfloat16, "flex_attention"),  # sinks
     ],
 )
-def test_attention_of_training(overrides: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "has_triton", lambda: True)
-    config = load_config(DEMO, overrides)
-    assert training_attention(config, torch.device("cuda")) == expected
-    assert training_attention(config, torch.device("cpu")) is None
+def test_attention_of_training(name: str, dtype: torch.dtype, expected: str) -> None:
+    config = CASES[name].model().config
+    config.head_dim = 64
+    assert training_attention("auto", config, dtype) == expected
+    assert training_attention("sdpa", config, dtype) is None
+
+
+def flash_by_formula(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, _: Tensor, *args: Any, scale: float, **window: int
+) -> tuple[Tensor]:
+    """What the kernel computes: [tokens, heads, d] with document starts and a window, written as a masked softmax."""
+    place = torch.arange(len(q))
+    document = torch.searchsorted(starts[1:].contiguous(), place, right=True)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    distance = place[:, None] - place
+    seen = (document[:, None] == document) & (distance >= 0) & (distance <= window.get("window_size_left", len(q)))
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    return (torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v),)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
+def test_packed_flash_keeps_documents_apart_as_a_mask_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is replaced by its formula, as it runs on GPUs only."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_formula)
+    model, batch = paired(name), inputs()
+    starts = torch.tensor([0, *np.cumsum(2 * list(LENGTHS))], dtype=torch.int32)
+    teacher, student, expected = step(model, batch, run_block)
+    with attention(model, "packed_flash"):
+        found = step(model, batch | {"cu_seq_lens": starts}, run_block)
+        with pytest.raises(ValueError, match="cu_seq_lens"):
+            step(model, batch, run_block)
+    torch.testing.assert_close(found[0], teacher, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], student, rtol=1e-4, atol=1e-5)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[2][parameter], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_another_number_of_documents_compiles_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_formula)
+    model, block = paired("llama"), compiled_block("aot_eager")
+    seen = []
+    with attention(model, "packed_flash"):
+        for lengths in ([5, 12, 3], [20], [2] * 10, [7, 13]):
+            rows = [{"input_ids": list(range(1, 21)), "labels": list(range(1, 21)), "seq_lengths": lengths}] * 2
+            step(model, RowCollator(20, 0)(rows), block)
+            seen.append(graphs())
+    assert seen == [seen[0]] * 4

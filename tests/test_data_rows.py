@@ -187,7 +187,13 @@ def test_collator(lengths: list[list[int]], two_labels: bool) -> None:
     rows = [row | {"labels": [-token for token in row["input_ids"]]} for row in rows]
     rows = [row | {"ce_labels": row["labels"]} if two_labels else row for row in rows]
     batch = RowCollator(max_length=36, pad_token_id=0)(rows)
+    trained, starts = batch.pop("trained"), batch.pop("cu_seq_lens")
     assert sorted(batch) == sorted(["input_ids", "labels", "position_ids"] + ["ce_labels"] * two_labels)
+    assert trained.tolist() == [
+        i for i in range(36 * len(rows) - 1) if (i + 1) % 36 and _label_at(batch, i + 1) != IGNORED
+    ]
+    sizes = [size for row in lengths for size in (*row, 36 - sum(row)) if size]
+    assert starts.dtype == torch.int32 and starts.diff().tolist() == sizes and starts[0] == 0
     assert all(tensor.shape == (len(rows), 36) and tensor.dtype == torch.int64 for tensor in batch.values())
     for number, row in enumerate(rows):
         used = len(row["input_ids"])
@@ -196,6 +202,10 @@ def test_collator(lengths: list[list[int]], two_labels: bool) -> None:
         assert batch["labels"][number].tolist() == row["labels"] + [IGNORED] * (36 - used)
         positions = [position for size in row["seq_lengths"] for position in range(size)]
         assert batch["position_ids"][number].tolist() == positions + padding
+
+
+def _label_at(batch: dict[str, torch.Tensor], place: int) -> int:
+    return int(batch["labels"].flatten()[place])
 
 
 def test_transformers_tells_documents_apart_by_positions() -> None:

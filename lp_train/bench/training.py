@@ -29,7 +29,7 @@ from lp_train.bench.flops import StepFlops, peak_flops, step_flops
 from lp_train.config import Config
 from lp_train.data import RowCollator
 from lp_train.distill.arguments import training_arguments
-from lp_train.distill.compiled import GRAPHS
+from lp_train.distill.compiled import GRAPHS, training_attention
 from lp_train.distill.fp8 import convert_linears
 from lp_train.distill.trainer import PairedTrainer
 from lp_train.errors import UserError
@@ -197,6 +197,8 @@ def make_trainer(case: Case, variant: Variant, state: PartialState, folder: Path
 
 
 def paired_trainer(case: Case, config: Config, collate: RowCollator, common: dict[str, Any]) -> PairedTrainer:
+    text_config, dtype = common["model"].config, models.resolve_dtype(case.dtype)
+    on_gpu = models.device().type == "cuda"
     return PairedTrainer(
         **common,
         loss=config.loss,
@@ -208,6 +210,7 @@ def paired_trainer(case: Case, config: Config, collate: RowCollator, common: dic
         flops=case_flops(case, case.gradient_checkpointing).total,
         peak_flops=peak_flops(models.device()),
         compile=case.compile,
+        attn_implementation=training_attention("auto", text_config, dtype) if case.compile and on_gpu else None,
     )
 
 

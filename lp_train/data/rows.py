@@ -200,6 +200,10 @@ def _no_eval_message(data: DataConfig) -> str:
 class RowCollator:
     """Pads rows to ``max_length``: ``input_ids``, ``labels``, ``position_ids`` (and ``ce_labels``), [B, T] int64.
 
+    Of the rows one after the other, ``trained`` [N] int64 says which tokens are followed by a trained one, and
+    ``cu_seq_lens`` [documents + 1] int32 where each document begins; padding counts as one. Both are made here since
+    counting on a GPU makes the program wait for it.
+
     ``position_ids`` restart at 0 with every document and at every padding token. Given those, ``use_cache=False`` and
     no attention mask, Transformers keeps the documents of a row apart (``find_packed_sequence_indices`` in its
     ``masking_utils``); with a mask or a cache it would not, so none is returned.
@@ -215,6 +219,12 @@ class RowCollator:
                 batch[name] = self._pad([row[name] for row in rows], IGNORED)
         positions = [np.concatenate([np.arange(length) for length in row["seq_lengths"]]) for row in rows]
         batch["position_ids"] = self._pad(positions, 0)
+        followed = batch["labels"].roll(-1, 1) != IGNORED
+        followed[:, -1] = False
+        batch["trained"] = followed.flatten().nonzero()[:, 0]
+        filled = [[*row["seq_lengths"], self.max_length - sum(row["seq_lengths"])] for row in rows]
+        lengths = [length for row in filled for length in row if length]
+        batch["cu_seq_lens"] = torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
         return batch
 
     def _pad(self, values: list[Any], filler: int) -> torch.Tensor:

@@ -39,6 +39,7 @@ def training_arguments(
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
         use_cpu=state.device.type == "cpu",
+        accelerator_config={"non_blocking": True},  # else each batch waits for the GPU to finish the one before
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         packing=False,  # lp_train.data has packed the rows

@@ -10,16 +10,19 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.utils._triton import has_triton
+from transformers import PretrainedConfig
 
-from lp_train.config import Config
+from lp_train.distill import packed_attention
 from lp_train.distill.replay import RunBlock, run_block
 
 GRAPHS = 64  # of run_block: two modes, with and without gradient, times the kinds of layers; PyTorch gives up after 8
 
 
-def compiles(setting: bool | Literal["auto"], device: torch.device) -> bool:
-    """Whether ``train.torch_compile`` means to compile on this device: auto does on a GPU."""
-    if setting != "auto" or device.type != "cuda":
+def compiles(setting: bool | Literal["auto"], device: torch.device, model_config: PretrainedConfig) -> bool:
+    """Whether ``train.torch_compile`` means to compile on this device: auto does on a GPU, but no mixture of experts,
+    whose shapes are others in every step."""
+    mixture = any(getattr(model_config, name, None) for name in ("num_experts", "num_local_experts"))
+    if setting != "auto" or device.type != "cuda" or mixture:
         return setting is True
     if not has_triton():
         warnings.warn(
@@ -30,10 +33,12 @@ def compiles(setting: bool | Literal["auto"], device: torch.device) -> bool:
     return has_triton()
 
 
-def training_attention(config: Config, device: torch.device) -> str | None:
-    """The attention to train with where it is not the model's own: its block mask skips what documents do not share."""
-    automatic = config.model.attn_implementation == "auto" and device.type == "cuda"
-    return "flex_attention" if automatic and compiles(config.train["torch_compile"], device) else None
+def training_attention(setting: str, model_config: PretrainedConfig, dtype: torch.dtype) -> str | None:
+    """The attention of compiled training on a GPU for ``model.attn_implementation``: with auto, one that skips what
+    documents do not share; None for the model's own."""
+    if setting != "auto":
+        return None
+    return packed_attention.NAME if packed_attention.supports(model_config, dtype) else "flex_attention"
 
 
 def compiled_block(backend: str = "inductor") -> RunBlock:

@@ -122,11 +122,23 @@ def layer_calls(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, li
             position_ids=inputs.get("position_ids"),
             use_cache=False,
             output_hidden_states=False,
+            **_document_lengths(model, inputs),
         )
     calls = [(layer, stand_in.kwargs) for layer, stand_in in zip(layers, stand_ins, strict=True)]
     if any(kwargs.get("past_key_values") is not None for _, kwargs in calls):
         raise ValueError("past_key_values: documents packed into one row would see each other; run without a cache")
     return stand_ins[0].hidden, calls
+
+
+def _document_lengths(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Transformers' arguments that keep documents apart for flash attention, which has no mask to do it."""
+    if "flash" not in model.config.get_text_config()._attn_implementation:
+        return {}
+    if "cu_seq_lens" not in inputs:
+        raise ValueError("cu_seq_lens: flash attention keeps packed documents apart by them; take RowCollator's batch")
+    starts, length = inputs["cu_seq_lens"], inputs["input_ids"].shape[1]
+    torch._dynamo.maybe_mark_dynamic(starts, 0)  # as many documents as there are
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": length, "max_length_k": length}
 
 
 @contextlib.contextmanager

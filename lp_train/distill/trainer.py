@@ -112,7 +112,7 @@ class PairedTrainer(SFTTrainer):
     def _sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> LossSums:
         loss = self.loss
         labels = next_labels(inputs["labels"])
-        trained = (labels != IGNORED).nonzero()[:, 0]  # before the forward: the GPU would have to finish it first
+        trained = inputs["trained"]
         if "ce_labels" in inputs:
             labels = next_labels(inputs["ce_labels"])
         recording = run_original(model, inputs, keep_pair_outputs=loss.hidden > 0, block=self.block)
