@@ -56,9 +56,7 @@ def test_compiled_blocks_trace_whole_and_compute_the_same(name: str, checkpointi
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("llama", "gemma3") else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
-)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])  # no mixture: its experts get another shape each step
 def test_one_graph_per_kind_of_block_and_none_after_the_first_step(name: str) -> None:
     model, block = paired(name), compiled_block("aot_eager")
     before, seen = graphs(), []
@@ -67,9 +65,8 @@ def test_one_graph_per_kind_of_block_and_none_after_the_first_step(name: str) ->
         seen.append(graphs())
     first = seen[0]
     assert seen == [first] * 3
-    if not counters["graph_break"]:  # the experts of a mixture have some
-        kinds = len({type(layer) for layer in model.get_decoder().layers})  # plain, first and second of a pair
-        assert first - before <= 2 * (kinds + 2)
+    kinds = len({type(layer) for layer in model.get_decoder().layers})  # plain, first and second of a pair
+    assert not counters["graph_break"] and first - before <= 2 * (kinds + 2)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -94,7 +91,7 @@ def test_training_compiles_nothing_after_its_first_step(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama"])
 def test_kernels_of_inductor_agree_with_eager(name: str) -> None:
     model, batch = paired(name), inputs()
     teacher, student, expected = step(model, batch, run_block)
