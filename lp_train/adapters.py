@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model, initialize_lora_eva_weights
@@ -33,8 +33,8 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
             decoder_of(model).layers[i].float().requires_grad_(True)
         return model
     options = dict(config.lora)
-    scope, wanted = options.pop("scope"), options.pop("target_modules", None)
-    layers = plan.layers if scope == "paired" else range(plan.first_layer, plan.num_layers)
+    del options["scope"]
+    wanted, layers = options.pop("target_modules", None), adapted_layers(plan, config)
     targets = [name for name in projections(model, layers) if selects(wanted, name)]
     if not targets:
         available = sorted({name.rsplit(".", 1)[1] for name in projections(model, layers)})
@@ -47,6 +47,11 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
         raise UserError(f"lora: PEFT refuses it: {' '.join(str(error).split())}") from error
     _refuse_shared_layers(model, plan)
     return model
+
+
+def adapted_layers(plan: PairPlan, config: Config) -> Sequence[int]:
+    """The layers that get adapters: the paired ones, or all from the first pair on (``lora.scope: suffix``)."""
+    return plan.layers if config.lora["scope"] == "paired" else range(plan.first_layer, plan.num_layers)
 
 
 def _refuse_shared_layers(model: nn.Module, plan: PairPlan) -> None:

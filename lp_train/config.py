@@ -30,7 +30,7 @@ MAX_PER_DEVICE = 8  # rows in one forward when the user does not say: fits the l
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model. ``name_or_path``: hub id, folder, or ``wheel:PACKAGE``. ``attn_implementation`` auto: sdpa (eager
-    where a family's sdpa leaves something out), and in compiled training on a GPU flex_attention."""
+    where a family's sdpa leaves something out), and in compiled training on a GPU one that skips what is masked."""
 
     name_or_path: str = field(metadata={"example": "meta-llama/Llama-3.2-1B"})
     revision: str | None = None

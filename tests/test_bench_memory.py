@@ -10,9 +10,9 @@ from test_bench_shapes import PUBLISHED
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lp_train.adapters import attach
+from lp_train.adapters import adapted_layers, attach
 from lp_train.bench.memory import activation_bytes, memory_gib
-from lp_train.bench.shapes import adapted_layers, layer_shape, trainable_parameters
+from lp_train.bench.shapes import layer_shape, trainable_parameters
 from lp_train.config import Config
 from lp_train.distill.replay import run_original, run_suffix
 from lp_train.pairing import PairPlan, pair_layers

@@ -10,8 +10,6 @@ from trl import SFTTrainer
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from lp_train.config import LossConfig
-from lp_train.data.rows import IGNORED
-from lp_train.distill.trainer import next_labels
 from lp_train.pairing.families import decoder_of
 
 
@@ -35,7 +33,7 @@ class TwoModelTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        trained = (next_labels(inputs["labels"]) != IGNORED).nonzero()[:, 0]  # waits for the GPU, so as ours before
+        trained = inputs["trained"]
         with self.accelerator.autocast():
             with torch.no_grad():
                 teacher = _states(self.teacher, inputs, trained)

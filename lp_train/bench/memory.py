@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig
 
+from lp_train.adapters import adapted_layers
 from lp_train.bench.shapes import (
     LayerShape,
-    adapted_layers,
     layer_shapes,
     parameters,
     suffix_blocks,

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from lp_train.adapters import selects
+from lp_train.adapters import adapted_layers, selects
 from lp_train.config import Config
 from lp_train.pairing import FAMILIES, PairPlan
 
@@ -107,11 +107,6 @@ def parameters(model_config: PretrainedConfig) -> int:
     return tables + c.hidden_size + sum(layer.matrices + layer.other for layer in layer_shapes(c))
 
 
-def adapted_layers(plan: PairPlan, config: Config) -> range | tuple[int, ...]:
-    """The layers that get adapters: the paired ones, or all from the first pair on (``lora.scope: suffix``)."""
-    return plan.layers if config.lora["scope"] == "paired" else range(plan.first_layer, plan.num_layers)
-
-
 def adapted_projections(model_config: PretrainedConfig, plan: PairPlan, config: Config) -> dict[int, list[str]]:
     """By layer, the names of the projections that get an adapter; none with ``tune: full``."""
     c, targets = model_config.get_text_config(), config.lora["target_modules"]
@@ -140,7 +135,5 @@ def suffix_blocks(plan: PairPlan, config: Config) -> list[tuple[tuple[int, ...],
 
     ``train.gradient_checkpointing_every: n`` checkpoints blocks 0, n, 2n, ... counted from the first pair.
     """
-    alone = [(i,) for i in range(plan.first_layer, plan.num_layers) if i not in plan.layers]
-    blocks: list[tuple[int, ...]] = sorted([*plan.pairs, *alone])
     every = config.train.get("gradient_checkpointing_every", 1) if config.train["gradient_checkpointing"] else 0
-    return [(block, every > 0 and n % every == 0) for n, block in enumerate(blocks)]
+    return [(block, every > 0 and n % every == 0) for n, block in enumerate(plan.blocks)]

@@ -84,10 +84,7 @@ def run_suffix(model: nn.Module, recording: Recording, block: RunBlock = run_blo
 
 def in_blocks(layers: Sequence[T], plan: PairPlan) -> tuple[list[T], list[list[T]]]:
     """What there is for each layer below the first pair, and from there on in blocks: two for a pair, else one."""
-    partner = dict(plan.pairs)
-    above = [i for i in range(plan.first_layer, len(layers)) if i not in partner.values()]
-    blocks = [[layers[i], layers[partner[i]]] if i in partner else [layers[i]] for i in above]
-    return [layers[i] for i in range(plan.first_layer)], blocks
+    return [layers[i] for i in range(plan.first_layer)], [[layers[i] for i in block] for block in plan.blocks]
 
 
 # --- what the decoder calls its layers with --------------------------------------------------------------------------

@@ -111,10 +111,7 @@ class PairedTrainer(SFTTrainer):
 
     def _sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> LossSums:
         loss = self.loss
-        labels = next_labels(inputs["labels"])
-        trained = inputs["trained"]
-        if "ce_labels" in inputs:
-            labels = next_labels(inputs["ce_labels"])
+        trained, labels = inputs["trained"], next_labels(inputs.get("ce_labels", inputs["labels"]))
         recording = run_original(model, inputs, keep_pair_outputs=loss.hidden > 0, block=self.block)
         hidden, outputs = run_suffix(model, recording, self.block)
 

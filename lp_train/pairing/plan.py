@@ -58,6 +58,12 @@ class PairPlan:
             seen |= {first, second}
 
     @property
+    def blocks(self) -> list[tuple[int, ...]]:
+        """The layers from the first pair on, in order: two for a pair, else one."""
+        alone = [(i,) for i in range(self.first_layer, self.num_layers) if i not in self.layers]
+        return sorted([*self.pairs, *alone])
+
+    @property
     def effective_depth(self) -> int:
         return self.num_layers - len(self.pairs)
 
