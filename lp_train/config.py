@@ -137,6 +137,8 @@ _TRAIN_TYPES = {  # ours, and where we allow more or less than the library
     "max_length": int,
     "gradient_checkpointing_every": int,
     "torch_compile": bool | Literal["auto"],
+    "cuda_graph": bool | Literal["auto"],
+    "fp8": bool,
     "max_steps": int | None,
     "num_train_epochs": float | None,
 }
@@ -199,7 +201,7 @@ def _all_keys() -> list[str]:
     keys = [f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
     keys += [f"train.{f.name}" for f in dataclasses.fields(SFTConfig) if f.name not in OWNED_TRAIN]
     keys += [f"lora.{f.name}" for f in dataclasses.fields(LoraConfig) if f.name not in OWNED_LORA]
-    ours = ("global_batch_tokens", "max_steps_float32", "gradient_checkpointing_every")
+    ours = ("global_batch_tokens", "max_steps_float32", "gradient_checkpointing_every", "cuda_graph", "fp8")
     return [*keys, *(f"train.{name}" for name in ours), "lora.scope"]
 
 

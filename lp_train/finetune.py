@@ -40,9 +40,10 @@ from lp_train.adapters import attach, count_parameters, start_from_activations
 from lp_train.bench.flops import peak_flops, step_flops
 from lp_train.config import Config, config_to_yaml, load_config
 from lp_train.data import Data, RowCollator, build_data
+from lp_train.distill import fp8
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.callbacks import Console, MetricsFile
-from lp_train.distill.compiled import compiles, training_attention
+from lp_train.distill.compiled import captures, compiles, training_attention
 from lp_train.distill.trainer import PairedTrainer, TrainingDiverged, peak_memory_gib
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError
@@ -50,7 +51,7 @@ from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
 from lp_train.pairing import PairPlan, adapters_off, in_order, keep_originals, pair_layers, sequential
-from lp_train.pairing.families import check_family
+from lp_train.pairing.families import check_family, decoder_of
 from lp_train.run_folder import checkpoint_to_resume, open_run_folder
 
 
@@ -115,6 +116,8 @@ def run(config: Config, options: argparse.Namespace) -> None:
     use_all_cores(state)
     if not options.dry_run:
         finetune(config, state, options.resume, options.overwrite)
+        state.wait_for_everyone()
+        state.destroy_process_group()  # a process that ends while its peers still talk to it aborts now and then
     elif state.is_main_process:
         dry_run(config, state.num_processes)
 
@@ -223,6 +226,9 @@ def build_model(config: Config, plan: PairPlan, device: torch.device) -> nn.Modu
     if config.tune == "full":
         keep_originals(model)
     model = attach(model, plan, config)
+    if config.train["fp8"]:
+        fp8.require_hopper(device)
+        fp8.convert_linears(decoder_of(model).layers)
     models.stamp(model, config.model)
     return model
 
@@ -238,6 +244,7 @@ def make_trainer(
 ) -> PairedTrainer:
     text_config, device = model.config.get_text_config(), bench.state.device
     compile = compiles(config.train["torch_compile"], device, text_config)
+    graph = captures(config.train["cuda_graph"], compile, device, args.gradient_checkpointing)
     attention = training_attention(config.model.attn_implementation, text_config, bench.dtype)
     document_lengths = bench.data.train.with_format("arrow")["seq_lengths"].combine_chunks()
     trainer = PairedTrainer(
@@ -256,6 +263,7 @@ def make_trainer(
         compile=compile,
         attn_implementation=attention if compile and device.type == "cuda" else None,
         checkpoint_every=config.train["gradient_checkpointing_every"],
+        cuda_graph=graph,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

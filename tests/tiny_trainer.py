@@ -71,6 +71,7 @@ def trainer_maker(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokeni
         callbacks: tuple[TrainerCallback, ...] = (),
         compile: bool = False,
         checkpoint_every: int = 1,
+        cuda_graph: bool = False,
         **options: Any,
     ) -> PairedTrainer:
         base = LlamaForCausalLM(tiny_llama.config).float()
@@ -106,6 +107,7 @@ def trainer_maker(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokeni
             peak_flops=1e6,
             compile=compile,
             checkpoint_every=checkpoint_every,
+            cuda_graph=cuda_graph,
         )
 
     return build

@@ -22,7 +22,7 @@ def training_arguments(
     """
     options = dict(config.train)
     tokens, length = options.pop("global_batch_tokens"), options["max_length"]
-    for name in ("torch_compile", "gradient_checkpointing_every"):  # blocks are compiled and chosen by our trainer
+    for name in ("torch_compile", "gradient_checkpointing_every", "cuda_graph", "fp8"):  # our trainer's own
         options.pop(name)
     slow_steps = options.pop("max_steps_float32", None)
     if slow_steps and "max_steps" in options and dtype == torch.float32:

@@ -33,6 +33,11 @@ def compiles(setting: bool | Literal["auto"], device: torch.device, model_config
     return has_triton()
 
 
+def captures(setting: bool | Literal["auto"], compile: bool, device: torch.device, checkpointing: bool) -> bool:
+    """Whether ``train.cuda_graph`` means to capture micro-batches on this device."""
+    return device.type == "cuda" and (compile and not checkpointing if setting == "auto" else setting)
+
+
 def training_attention(setting: str, model_config: PretrainedConfig, dtype: torch.dtype) -> str | None:
     """The attention of compiled training on a GPU for ``model.attn_implementation``: with auto, one that skips what
     documents do not share; None for the model's own."""

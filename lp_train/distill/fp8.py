@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lp_train.errors import UserError
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 
@@ -55,6 +57,12 @@ class Fp8Linear(nn.Linear):
             return super().forward(x)
         out = _Product.apply(x.to(torch.bfloat16), self.fp8, self.fp8_scale, self.fp8_t, self.fp8_t_scale)
         return out if self.bias is None else out + self.bias
+
+
+def require_hopper(device: torch.device) -> None:
+    """Raises UserError where the device has no FP8 products."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        raise UserError("train.fp8 true: needs a GPU of NVIDIA's Hopper generation or newer; set train.fp8 false")
 
 
 def convert_linears(layers: Iterable[nn.Module]) -> None:

@@ -202,4 +202,5 @@ def head_loss(
 def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Relative squared error |s - t|^2 / |t|^2, summed over N tokens; student, teacher [N, D]."""
     student, teacher = student.float(), teacher.float()
-    return ((student - teacher).square().sum(-1) / teacher.square().sum(-1)).sum()
+    size = teacher.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((student - teacher).square().sum(-1) / size).sum()

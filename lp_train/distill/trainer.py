@@ -21,6 +21,7 @@ from lp_train.config import LossConfig
 from lp_train.data.rows import IGNORED
 from lp_train.distill.callbacks import CheckpointEvery
 from lp_train.distill.compiled import attention, compiled_block
+from lp_train.distill.cuda_graph import GraphedLoss
 from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
 from lp_train.distill.replay import run_block, run_original, run_suffix
 from lp_train.errors import UserError
@@ -42,9 +43,9 @@ class PairedTrainer(SFTTrainer):
     micro-batches and processes. ``measure()`` gives the held-out figures for each evaluation.
 
     ``flops`` gives those of a number of tokens, of which a number is trained. ``compile`` compiles each block of
-    layers; ``attn_implementation`` is Transformers' name of the attention used in training, None for the model's own,
-    which evaluations always use. With gradient checkpointing, every ``checkpoint_every``-th block from the first pair
-    on is checkpointed.
+    layers, ``cuda_graph`` runs a micro-batch as one graph; ``attn_implementation`` is Transformers' name of the
+    attention used in training, None for the model's own, which evaluations always use. With gradient checkpointing,
+    every ``checkpoint_every``-th block from the first pair on is checkpointed.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PairedTrainer(SFTTrainer):
         compile: bool = False,
         attn_implementation: str | None = None,
         checkpoint_every: int = 1,
+        cuda_graph: bool = False,
     ) -> None:
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
@@ -83,6 +85,8 @@ class PairedTrainer(SFTTrainer):
         self.loss, self.measure = loss, measure
         self.tokens_per_step, self.flops, self.peak_flops = tokens_per_step, flops, peak_flops
         self.block = compiled_block() if compile else run_block
+        self._graphed = GraphedLoss(self._loss_sums, [p for p in model.parameters() if p.requires_grad])
+        self._micro_batch = self._graphed if cuda_graph else self._loss_sums
         self.attn_implementation = attn_implementation
         self._own_attention = model.config.get_text_config()._attn_implementation
         self.trained_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
@@ -104,23 +108,24 @@ class PairedTrainer(SFTTrainer):
         """One micro-batch's share of the global loss, times the number of processes since gradients are averaged."""
         unwrapped = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():  # through the wrapper's own forward, where its hooks are
-            sums = _ForwardRedirection()(model, unwrapped, self._sums, unwrapped, inputs)
+            sums = _ForwardRedirection()(model, unwrapped, self._micro_batch, inputs)
         count = torch.as_tensor(num_items_in_batch, device=sums.total.device).clamp(min=1)
         self._pending.append(torch.stack([sums.kd, sums.ce, sums.hidden]).detach().float() / count)
         return sums.total * self.accelerator.num_processes / count
 
-    def _sums(self, model: nn.Module, inputs: dict[str, Tensor]) -> LossSums:
-        loss = self.loss
-        trained, labels = inputs["trained"], next_labels(inputs.get("ce_labels", inputs["labels"]))
+    def _loss_sums(self, inputs: dict[str, Tensor]) -> LossSums:
+        loss, model = self.loss, self.accelerator.unwrap_model(self.model)
+        trained, mask = inputs["trained"], inputs.get("trained_mask")
+        labels = next_labels(inputs.get("ce_labels", inputs["labels"]))[trained]
         recording = run_original(model, inputs, keep_pair_outputs=loss.hidden > 0, block=self.block)
         hidden, outputs = run_suffix(model, recording, self.block)
 
         def of_trained(states: Tensor) -> Tensor:
-            return states.flatten(0, 1).index_select(0, trained)
+            chosen = states.flatten(0, 1).index_select(0, trained)
+            return chosen if mask is None else chosen * mask[:, None]  # the two are alike where they are zero
 
-        total, kd, ce = head_loss(
-            of_trained(hidden), of_trained(recording.final), labels[trained], Head.of(model), loss
-        )
+        labels = labels if mask is None else labels.masked_fill(~mask, IGNORED)
+        total, kd, ce = head_loss(of_trained(hidden), of_trained(recording.final), labels, Head.of(model), loss)
         error = total.new_zeros(())
         for pair, output in outputs.items():
             teacher = of_trained(recording.pair_outputs[pair])
