@@ -1,6 +1,7 @@
 """Speed and memory of training, on random weights and tokens: steps, a sweep over shapes, the loss alone.
 
-    python scripts/bench.py train --shape llama-8b --batch 8 --seq 2048
+    python scripts/bench.py train --shape llama-8b --batch 8 --seq 2048 --out runs/train.jsonl
+    python scripts/bench.py table runs/train.jsonl
     python scripts/bench.py sweep --shape llama-1b --out runs/sweep
     python scripts/bench.py loss --rows 16384 --width 4096 --vocab 128256
 
@@ -25,9 +26,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from benchmarks import losses, results, sweep, table, training
+from benchmarks.case import SHAPES, Case
 from lp_train import models
-from lp_train.bench import losses, sweep, table, training
-from lp_train.bench.case import SHAPES, Case
 from lp_train.errors import UserError
 from lp_train.finetune import quieten_libraries
 
@@ -44,8 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> None:
-    found = training.run(case_of(options), variants_of(options.variants), say)
+    keep = {"keep": results.appender(options.out)} if options.out else {}
+    found = training.run(case_of(options), variants_of(options.variants), say, **keep)
     report(table.training(found), found)
+
+
+def show(options: argparse.Namespace) -> None:
+    found = results.read(options.file)
+    report("\n\n".join(map(table.training, found)), {"tables": found})
 
 
 def run_sweep(options: argparse.Namespace) -> None:
@@ -86,6 +93,10 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("train", help="training steps: ours and what a user would otherwise run")
     one.set_defaults(run=train)
     one.add_argument("--variants", default=",".join(training.VARIANTS), help="default %(default)s")
+    one.add_argument("--out", type=Path, help="file.jsonl; a line is appended when a variant is done")
+    again = commands.add_parser("table", help="the tables of such a file")
+    again.set_defaults(run=show)
+    again.add_argument("file", type=Path)
     many = commands.add_parser("sweep", help="time per token over sequence, vocabulary and first pair")
     many.set_defaults(run=run_sweep)
     many.add_argument("--out", type=Path, required=True, help="folder of sweep.jsonl and sweep.png")

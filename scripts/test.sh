@@ -21,5 +21,5 @@ stage() {
 lp_setup
 stage ruff check .
 stage ruff format --check .
-stage mypy lp_train
+stage mypy lp_train scripts
 stage pytest -q ${arguments[@]+"${arguments[@]}"}

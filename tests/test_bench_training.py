@@ -12,8 +12,8 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from lp_train.bench import losses, sweep, table, training
-from lp_train.bench.case import SHAPES, Case, model_config, plan, random_rows, window
+from benchmarks import losses, results, sweep, table, training
+from benchmarks.case import SHAPES, Case, model_config, plan, random_rows, window
 from lp_train.data import RowCollator
 from lp_train.errors import UserError
 from lp_train.finetune import quieten_libraries
@@ -200,6 +200,60 @@ def test_mistakes_are_told_in_one_line(
 ) -> None:
     assert bench.main(["train", *ARGUMENTS, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_each_variant_is_a_line_when_it_is_done(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second call that is stopped in its second variant leaves the first, and the table holds both calls."""
+    path = tmp_path / "new" / "x.jsonl"
+    times = iter([100.0, 200.0, KeyboardInterrupt])
+
+    def measure(*args: Any) -> dict[str, Any]:
+        if not isinstance(found := next(times), float):
+            raise found
+        return {**clock().figures(), "ms_per_step": found, "peak_gib": None, "loss": 1.0}
+
+    monkeypatch.setattr(training, "measure", measure)
+    assert bench.main(["train", *ARGUMENTS, "--variants", "ours", "--out", str(path)]) == 0
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["train", *ARGUMENTS, "--variants", "a,b", "--out", str(path)])
+    assert [list(json.loads(line)["variants"]) for line in path.read_text().splitlines()] == [["ours"], ["a"]]
+    capsys.readouterr()
+    assert bench.main(["table", str(path)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    (found,) = json.loads(out[-1])["tables"]
+    assert {name: row["ours_is"] for name, row in found["variants"].items()} == {"ours": 1.0, "a": 2.0}
+    assert len([line for line in out if line.startswith("| a: ") and "| 2.00 x |" in line]) == 1
+
+
+@pytest.mark.parametrize("name", results.SAME)
+def test_ratios_are_within_one_case_machine_and_code(measured: dict[str, Any], tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.jsonl"
+    ours, a = ({**measured, "variants": {name: measured["variants"][name]}} for name in ("ours", "a"))
+    path.write_text("\n".join(map(json.dumps, [ours, {**a, name: "another"}, {**ours, "date": "another"}])))
+    found = results.read(path)
+    assert [list(one["variants"]) for one in found] == [["ours"], ["a"]]
+    assert found[1]["variants"]["a"]["ours_is"] is None
+
+
+def test_the_code_is_part_of_where_figures_come_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = [results.identity(torch.device("cpu"))]
+    (tmp_path / "results.py").write_text("changed")
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "results.py"))
+    found.append(results.identity(torch.device("cpu")))
+    assert found[0]["machine"] == found[1]["machine"] and found[0]["code"] != found[1]["code"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"variants": {}}', "1"])
+def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(UserError, match="line 1: not a JSON object with variants"):
+        results.read(tmp_path / "x.jsonl")
+    with pytest.raises(UserError, match="No such file or directory; give the file"):
+        results.read(tmp_path / "y.jsonl")
+    with pytest.raises(UserError, match="cannot be written"):
+        results.appender(tmp_path)
 
 
 def fake_run(seen: list[Case]) -> Callable[..., dict[str, Any]]:

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lp_train.data import RowCollator
-from lp_train.distill import compiled, trainer
+from lp_train.distill import compiled, packed_attention, trainer
 from lp_train.distill.compiled import attention, compiled_block, compiles, training_attention
 from lp_train.distill.replay import RunBlock, run_block, run_original, run_suffix
 
@@ -129,20 +129,29 @@ def test_attention_is_switched_and_comes_back(tiny_llama: LlamaForCausalLM) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "expected"),
+    ("name", "dtype", "gpu", "cpu"),
     [
-        ("llama", torch.bfloat16, "packed_flash"),
-        ("gemma3", torch.float16, "packed_flash"),
-        ("llama", torch.float32, "flex_attention"),
-        ("gemma2", torch.bfloat16, "flex_attention"),  # soft cap
-        ("gpt_oss", torch.bfloat16, "flex_attention"),  # sinks
+        ("llama", torch.bfloat16, "packed", "packed"),
+        ("gemma3", torch.float16, "packed", None),
+        ("llama", torch.float32, "flex_attention", None),
+        ("gemma2", torch.bfloat16, "flex_attention", None),  # soft cap
+        ("gpt_oss", torch.bfloat16, "flex_attention", None),  # sinks
     ],
 )
-def test_attention_of_training(name: str, dtype: torch.dtype, expected: str) -> None:
+def test_attention_of_training(name: str, dtype: torch.dtype, gpu: str, cpu: str | None) -> None:
     config = CASES[name].model().config
     config.head_dim = 64
-    assert training_attention("auto", config, dtype) == expected
-    assert training_attention("sdpa", config, dtype) is None
+    for device, expected in ((torch.device("cuda"), gpu), (torch.device("cpu"), cpu)):
+        compile = device.type == "cuda"
+        assert training_attention("auto", config, dtype, device, compile) == expected
+        assert training_attention("auto", config, dtype, device, not compile) is None
+        assert training_attention("sdpa", config, dtype, device, compile) is None
+
+
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is replaced by its formula, as it runs on GPUs only."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_formula)
+    monkeypatch.setattr(packed_attention, "has_kernel", lambda query: True)
 
 
 def flash_by_formula(
@@ -158,14 +167,19 @@ def flash_by_formula(
     return (torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v),)
 
 
+@pytest.mark.parametrize("long", [1, 8, 1024])
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
-def test_packed_flash_keeps_documents_apart_as_a_mask_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel is replaced by its formula, as it runs on GPUs only."""
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_formula)
+def test_packed_attention_keeps_documents_apart_as_a_mask_does(
+    name: str, gpu: bool, long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_attention, "LONG", long)
+    if gpu:
+        as_on_gpu(monkeypatch)
     model, batch = paired(name), inputs()
     starts = torch.tensor([0, *np.cumsum(2 * list(LENGTHS))], dtype=torch.int32)
     teacher, student, expected = step(model, batch, run_block)
-    with attention(model, "packed_flash"):
+    with attention(model, "packed"):
         found = step(model, batch | {"cu_seq_lens": starts}, run_block)
         with pytest.raises(ValueError, match="cu_seq_lens"):
             step(model, batch, run_block)
@@ -176,10 +190,10 @@ def test_packed_flash_keeps_documents_apart_as_a_mask_does(name: str, monkeypatc
 
 
 def test_another_number_of_documents_compiles_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_formula)
+    as_on_gpu(monkeypatch)
     model, block = paired("llama"), compiled_block("aot_eager")
     seen = []
-    with attention(model, "packed_flash"):
+    with attention(model, "packed"):
         for lengths in ([5, 12, 3], [20], [2] * 10, [7, 13]):
             rows = [{"input_ids": list(range(1, 21)), "labels": list(range(1, 21)), "seq_lengths": lengths}] * 2
             step(model, RowCollator(20, 0)(rows), block)

@@ -186,7 +186,12 @@ def test_the_head_names_every_changed_default_of_the_trainer(path: Path) -> None
 
 def test_the_tables_name_real_options(path: Path) -> None:
     fields = set(SFTConfig.__dataclass_fields__)
-    assert set(OUR_TRAIN_DEFAULTS) - fields == {"global_batch_tokens", "gradient_checkpointing_every", "cuda_graph", "fp8"}
+    assert set(OUR_TRAIN_DEFAULTS) - fields == {
+        "global_batch_tokens",
+        "gradient_checkpointing_every",
+        "cuda_graph",
+        "fp8",
+    }
     assert set(OWNED_TRAIN) & set(OUR_TRAIN_DEFAULTS) == set()
 
 

@@ -1,1 +1,1 @@
-"""What a step costs: by arithmetic (shapes, flops, memory), and measured by ``scripts/bench.py``."""
+"""What a step costs, by arithmetic: shapes, FLOPs, memory."""

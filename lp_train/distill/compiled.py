@@ -38,12 +38,16 @@ def captures(setting: bool | Literal["auto"], compile: bool, device: torch.devic
     return device.type == "cuda" and (compile and not checkpointing if setting == "auto" else setting)
 
 
-def training_attention(setting: str, model_config: PretrainedConfig, dtype: torch.dtype) -> str | None:
-    """The attention of compiled training on a GPU for ``model.attn_implementation``: with auto, one that skips what
-    documents do not share; None for the model's own."""
-    if setting != "auto":
+def training_attention(
+    setting: str, model_config: PretrainedConfig, dtype: torch.dtype, device: torch.device, compile: bool
+) -> str | None:
+    """The attention of training for ``model.attn_implementation``: with auto, one that skips what documents do not
+    share, compiled on a GPU and eager on a CPU; None for the model's own."""
+    if setting != "auto" or compile != (device.type == "cuda"):
         return None
-    return packed_attention.NAME if packed_attention.supports(model_config, dtype) else "flex_attention"
+    if packed_attention.supports(model_config, dtype, device):
+        return packed_attention.NAME
+    return "flex_attention" if device.type == "cuda" else None
 
 
 def compiled_block(backend: str = "inductor") -> RunBlock:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
+from lp_train.distill import packed_attention
 from lp_train.pairing import PairPlan, plan_of, sequential
 from lp_train.pairing.families import check_family, decoder_of
 
@@ -128,11 +129,12 @@ def layer_calls(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, li
 
 
 def _document_lengths(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """Transformers' arguments that keep documents apart for flash attention, which has no mask to do it."""
-    if "flash" not in model.config.get_text_config()._attn_implementation:
+    """Transformers' arguments that keep documents apart for attention that has no mask to do it."""
+    attention = model.config.get_text_config()._attn_implementation
+    if "flash" not in attention and attention != packed_attention.NAME:
         return {}
     if "cu_seq_lens" not in inputs:
-        raise ValueError("cu_seq_lens: flash attention keeps packed documents apart by them; take RowCollator's batch")
+        raise ValueError("cu_seq_lens: this attention keeps packed documents apart by them; take RowCollator's batch")
     starts, length = inputs["cu_seq_lens"], inputs["input_ids"].shape[1]
     torch._dynamo.maybe_mark_dynamic(starts, 0)  # as many documents as there are
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": length, "max_length_k": length}

@@ -34,8 +34,8 @@ def training(found: dict[str, Any]) -> str:
         f"{case['shape']}, {found['layers']} layers, vocabulary {found['vocabulary']:,}, {case['dtype']}; batch "
         f"{found['batch']} x {found['seq']:,} ({case['documents']} document(s) a row); {len(found['pairs'])} pairs "
         f"from {found['pairs'][0][0]}, LoRA r={case['rank']}; {case['steps']} steps after {case['warmup']}\n"
-        f"{found['device']}, torch {found['versions']['torch']}, transformers {found['versions']['transformers']}, "
-        f"{found['date']}, commit {found['commit']}\n"
+        f"{found['device']} ({found['machine']}), torch {found['versions']['torch']}, transformers "
+        f"{found['versions']['transformers']}, {found['date']}, commit {found['commit']}, code {found['code']}\n"
         f"bf16 matrix product: {cell(found['matmul_tflops'], '{:.0f} TFLOP/s')}. MFU and its share of that count the "
         f"{found['step_tflop']:.3g} TFLOP that our step needs, in every row."
     )

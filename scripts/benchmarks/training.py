@@ -21,15 +21,16 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
+from benchmarks.baselines import TwoModelTrainer
+from benchmarks.case import Case, build_base, build_config, model_config, plan, random_rows, tokenizer
+from benchmarks.results import compare, identity
 from lp_train import models
 from lp_train.adapters import attach
-from lp_train.bench.baselines import TwoModelTrainer
-from lp_train.bench.case import Case, build_base, build_config, model_config, plan, random_rows, tokenizer
 from lp_train.bench.flops import StepFlops, peak_flops, step_flops
 from lp_train.config import Config
 from lp_train.data import RowCollator
 from lp_train.distill.arguments import training_arguments
-from lp_train.distill.compiled import GRAPHS, training_attention
+from lp_train.distill.compiled import GRAPHS, captures, training_attention
 from lp_train.distill.fp8 import convert_linears
 from lp_train.distill.trainer import PairedTrainer
 from lp_train.errors import UserError
@@ -87,8 +88,13 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def run(case: Case, names: list[str], say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measures each variant of ``VARIANTS``; figures that cannot be had are None."""
+def run(
+    case: Case,
+    names: list[str],
+    say: Callable[[str], None] = print,
+    keep: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measures each variant of ``VARIANTS``; ``keep`` gets each as it is done. Figures that cannot be had are None."""
     state = PartialState(cpu=models.device().type == "cpu")
     if case.fp8 and state.device.type != "cuda":
         raise UserError("--fp8: FP8 products need a Hopper GPU or newer, and this is a CPU; leave it out")
@@ -106,9 +112,8 @@ def run(case: Case, names: list[str], say: Callable[[str], None] = print) -> dic
         rows[name] = {"what": variant.what, **({"error": "not run"} if without else measure(case, variant, state))}
         _add_rates(rows[name], found, peak_flops(state.device))
         say(f"{name}: {rows[name]}")
-    ours = rows.get("ours", {}).get("tokens_per_second")
-    for row in rows.values():
-        row["ours_is"] = ours / row["tokens_per_second"] if ours and "error" not in row else None
+        keep({**found, "variants": {name: rows[name]}})
+    compare(rows)
     return found
 
 
@@ -127,10 +132,11 @@ def about(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def origin(device: torch.device) -> dict[str, Any]:
-    """Versions, device, commit (outside a checkout that of ``LP_COMMIT``) and date of a measurement."""
+    """Versions, device, code, commit (outside a checkout that of ``LP_COMMIT``) and date of a measurement."""
     env = environment(device)
     return {
         **env,
+        **identity(device),
         "commit": env["commit"] or os.environ.get("LP_COMMIT"),
         "date": datetime.date.today().isoformat(),
     }
@@ -197,8 +203,7 @@ def make_trainer(case: Case, variant: Variant, state: PartialState, folder: Path
 
 
 def paired_trainer(case: Case, config: Config, collate: RowCollator, common: dict[str, Any]) -> PairedTrainer:
-    text_config, dtype = common["model"].config, models.resolve_dtype(case.dtype)
-    on_gpu = models.device().type == "cuda"
+    text_config, dtype, device = common["model"].config, models.resolve_dtype(case.dtype), models.device()
     return PairedTrainer(
         **common,
         loss=config.loss,
@@ -210,7 +215,8 @@ def paired_trainer(case: Case, config: Config, collate: RowCollator, common: dic
         flops=case_flops(case, case.gradient_checkpointing).total,
         peak_flops=peak_flops(models.device()),
         compile=case.compile,
-        attn_implementation=training_attention("auto", text_config, dtype) if case.compile and on_gpu else None,
+        attn_implementation=training_attention("auto", text_config, dtype, device, case.compile),
+        cuda_graph=captures("auto", case.compile, device, case.gradient_checkpointing),
     )
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lp_train.bench.baselines import trl_divergence
-from lp_train.bench.training import free_memory, origin
+from benchmarks.baselines import trl_divergence
+from benchmarks.training import free_memory, origin
 from lp_train.config import LossConfig
 from lp_train.distill.losses import Head, head_loss
 

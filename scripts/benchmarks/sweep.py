@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lp_train.bench import table, training
-from lp_train.bench.case import Case, model_config, window
+from benchmarks import table, training
+from benchmarks.case import Case, model_config, window
 
 PAIRS = 5  # at each depth, where they fit
 
