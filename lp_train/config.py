@@ -89,12 +89,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out ``tokens`` measured each time; ``prompt`` is answered by all three models at the end."""
+    """Held-out ``tokens`` measured each time; ``prompt`` is answered by all three models at the end.
+
+    ``tasks``: names of lm-eval's tasks and of those in ``configs/tasks``, whose files lie in ``task_data``.
+    ``task_limit``: items of each task, a fixed sample. ``task_batch_size``: rows; null for as many as fit usually.
+    """
 
     tokens: int = 98304
     batch_size: int = 8
     prompt: str | None = None
     max_new_tokens: int = 48
+    tasks: list[str] = field(default_factory=list)
+    task_data: str | None = None
+    num_fewshot: int | None = None
+    task_limit: int | None = None
+    task_batch_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -102,7 +103,8 @@ def commit_of(name: str) -> str:
 
 @contextmanager
 def worktrees(commits: list[str]) -> Iterator[list[Path]]:
-    """A folder for each commit, gone at the end."""
+    """A folder for each commit, gone at the end, also where a time limit ends the call (SIGTERM)."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as parent:
         trees = [Path(parent) / f"{i}-{commit[:9]}" for i, commit in enumerate(commits)]
         try:

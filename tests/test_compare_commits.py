@@ -1,6 +1,7 @@
 """scripts/compare_commits.py: what is read from two runs, and what it says of them. The runs themselves are faked."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,10 +94,17 @@ def test_speed_of_two_commits(repository: list[str], monkeypatch: pytest.MonkeyP
     assert seen == [("0", 3), ("1", 3)] * 2  # alternating, one step more than are counted
 
 
-def test_worktrees_are_gone_afterwards(repository: list[str]) -> None:
-    with pytest.raises(KeyboardInterrupt), worktrees(repository) as trees:
-        assert ["0.5" in (tree / "lp_train" / "finetune.py").read_text() for tree in trees] == [True, False]
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_worktrees_are_gone_afterwards(
+    repository: list[str], number: signal.Signals, raised: type[BaseException]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(raised), worktrees(repository) as trees:
+            assert ["0.5" in (tree / "lp_train" / "finetune.py").read_text() for tree in trees] == [True, False]
+            signal.raise_signal(number)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert not any(tree.exists() for tree in trees)
     assert len(compare_commits.git("worktree", "list").splitlines()) == 1
 

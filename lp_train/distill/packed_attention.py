@@ -43,8 +43,9 @@ def packed_attention(
         lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         out = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False, scale=scale, **window)[0]
     else:
-        documents = (x.split(cu_seq_lens_q.diff().tolist()) for x in (q, k, v))
-        out = torch.cat([_document(*parts, scale=scale, window=sliding_window) for parts in zip(*documents, strict=True)])
+        queries, keys, values = (x.split(cu_seq_lens_q.diff().tolist()) for x in (q, k, v))
+        documents = zip(queries, keys, values, strict=True)
+        out = torch.cat([_document(*document, scale, sliding_window) for document in documents])
     return out.unflatten(0, (rows, length)), None
 
 

@@ -1,0 +1,259 @@
+"""lm-eval's model interface over a model that is there already, for several variants of it, on all processes.
+
+Plain ``HFLM`` gives the same numbers. It projects every position to the vocabulary, runs equal inputs again, encodes
+text by text, and with a model that is loaded already believes to be alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lp_train.distill.losses import Head, rows_per_chunk
+from lp_train.errors import UserError
+from lp_train.evaluation.fidelity import Variant
+from lp_train.pairing.families import decoder_of
+
+Request = tuple[Any, list[int], list[int]]  # unused, context, continuation
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}  # enough that a small model keeps the device busy
+ROWS_PER_GENERATION = {"cpu": 8, "cuda": 64}
+REQUESTS_AT_A_TIME = 8192  # are encoded while a GPU still works on those before
+
+
+class Batch(NamedTuple):
+    """Inputs of one forward, padded on the right, and what is asked of them: the n-th question is the token
+    ``targets[n]`` after ``input_ids[rows[n], positions[n]]``; it counts for request ``owners[n]``."""
+
+    input_ids: Tensor  # [B, T]
+    rows: Tensor
+    positions: Tensor
+    targets: Tensor
+    owners: Tensor
+
+
+class HarnessModel(HFLM):
+    """``loglikelihood``, ``loglikelihood_rolling`` and ``generate_until`` answer for each of ``variants``:
+    ``{name: [response of each request]}``, on every process. ``batch_size``: rows in a forward; None: by tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        variants: Mapping[str, Variant],
+        dtype: torch.dtype,
+        state: PartialState,
+        batch_size: int | None = None,
+    ) -> None:
+        kind = state.device.type
+        half = None if dtype == torch.float32 else dtype  # float32 adapters compute in half precision, as in training
+        rows = batch_size or ROWS_PER_GENERATION[kind]
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=rows, mixed_precision_dtype=half)
+        self.variants, self.state = variants, state
+        self.rows, self.tokens_per_batch = batch_size, TOKENS_PER_BATCH[kind]
+        self.tokens, self.seconds = 0, 0.0  # of log-likelihoods: through all variants on all processes, with encoding
+        self._encoded: dict[tuple[str, bool | None], list[int]] = {}
+        self._tasks: list[str | None] = []  # which each request belongs to, for messages
+
+    # --- text to tokens ----------------------------------------------------------------------------------------------
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        """As ``HFLM``, from what :meth:`_encode_ahead` has encoded all at once."""
+        if (tokens := self._encoded.get((string, add_special_tokens))) is None:
+            tokens = super().tok_encode(string, add_special_tokens, **kwargs)
+        return tokens[-left_truncate_len:] if left_truncate_len else tokens
+
+    def _encode_ahead(self, strings: Iterable[str], add_special_tokens: bool | None = None) -> None:
+        prefix = self.tokenizer.decode(self.prefix_token_id)
+        unique = list(dict.fromkeys(strings))
+        for has_prefix in (False, True):  # HFLM adds no special token to a text that starts with one
+            group = [text for text in unique if text.startswith(prefix) == has_prefix]
+            special = False if has_prefix else add_special_tokens
+            options = {} if special is None else {"add_special_tokens": special}
+            if group:
+                encoded = self.tokenizer(group, return_attention_mask=False, verbose=False, **options)["input_ids"]
+                self._encoded.update(zip(((text, add_special_tokens) for text in group), encoded, strict=True))
+
+    # --- log-likelihoods ---------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> dict[str, list[tuple[float, bool]]]:
+        """Of each request's continuation after its context: (nats, whether it is the greedy answer).
+
+        Raises:
+            UserError: context and continuation are longer than the model's context.
+        """
+        started, found = time.perf_counter(), []
+        for start in range(0, len(requests), REQUESTS_AT_A_TIME):
+            part = requests[start : start + REQUESTS_AT_A_TIME]
+            pairs = [request.args for request in part]
+            self._encode_ahead(text for c, answer in pairs if c for text in (c.rstrip(), c + answer))
+            self._encode_ahead((answer for context, answer in pairs if not context), add_special_tokens=False)
+            self._tasks = [request.task_name for request in part]
+            found.append(super().loglikelihood(part, disable_tqdm=True))
+            self._encoded.clear()
+        sums = {name: _gathered([of_part[name] for of_part in found]) for name in self.variants}
+        self.seconds += time.perf_counter() - started
+        return {name: [(nats, wrong == 0) for nats, wrong in values] for name, values in sums.items()}
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> dict[str, list[float]]:
+        """Of each whole text, in windows of the model's context that do not overlap in what they predict."""
+        started = time.perf_counter()
+        windows: list[Request] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            parts = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            windows += [(None, *make_disjoint_window(part)) for part in parts]
+            owners += [i] * (len(windows) - len(owners))
+        self._tasks = [requests[owner].task_name for owner in owners]
+        found, sums = self._loglikelihood_tokens(windows), {}
+        for name in self.variants:
+            sums[name] = np.zeros(len(requests))
+            np.add.at(sums[name], owners, [nats for nats, _ in _gathered([found[name]])])
+        self.seconds += time.perf_counter() - started
+        return {name: values.tolist() for name, values in sums.items()}
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> dict[str, Tensor]:
+        """:meth:`_score` for each variant, on this process's share and without waiting for the device."""
+        batches, tokens = self._batches(requests)
+        self.tokens += tokens * len(self.variants)
+        found = {}
+        for name, variant in self.variants.items():
+            with variant(self.model):
+                found[name] = self._score(batches, len(requests), name)
+        return found
+
+    def _batches(self, requests: Sequence[Request]) -> tuple[list[Batch], int]:
+        """Batches from the longest inputs to the shortest, each input once, and how many tokens they hold."""
+        inputs: dict[bytes, int] = {}
+        texts: list[np.ndarray] = []
+        asked: list[list[tuple[int, list[int]]]] = []  # of each input: request and continuation
+        for i, (_, context, answer) in enumerate(requests):
+            self._check_length(i, len(context) + len(answer) - 1)
+            text = np.array((context + answer)[:-1], dtype=np.int64)
+            place = inputs.setdefault(text.tobytes(), len(texts))
+            if place == len(texts):
+                texts.append(text)
+                asked.append([])
+            asked[place].append((i, answer))
+        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+        batches, start = [], 0
+        while start < len(order):
+            rows = self.rows or max(self.tokens_per_batch // len(texts[order[start]]), 1)
+            part = order[start : start + rows]
+            batches.append(_batch([texts[place] for place in part], [asked[place] for place in part]))
+            start += rows
+        return batches, sum(len(text) for text in texts)
+
+    def _check_length(self, request: int, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise UserError(
+                f"task {self._tasks[request]}: an item has {tokens:,} tokens with its examples, the model takes "
+                f"{self.max_length:,}; lower evaluate.num_fewshot or leave the task out"
+            )
+
+    @torch.no_grad()
+    def _score(self, batches: list[Batch], requests: int, name: str) -> Tensor:
+        """[requests, 2]: log-likelihood in nats, and how many tokens are not the most likely ones. Zero for requests
+        of which another process has the batch."""
+        head, decoder, where = Head.of(self.model), decoder_of(self.model), self.device
+        sums = torch.zeros(requests, 2, dtype=torch.float64, device=where)
+        world, rank = self.state.num_processes, self.state.process_index
+        rounds = range(-(-len(batches) // world))
+        for i in tqdm(rounds, desc=f"{name}: log-likelihoods", disable=rank > 0 or len(rounds) < 4, leave=False):
+            mine = i * world + rank  # past the end a batch is repeated: sharded weights need all processes every time
+            batch = _on(batches[mine % len(batches)], where)
+            with self._autocast():
+                hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+                values = _answers(head, hidden[batch.rows, batch.positions], batch.targets)
+            if mine < len(batches):
+                sums.index_add_(0, batch.owners, values)
+        return sums
+
+    def _autocast(self) -> torch.autocast:
+        half = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> dict[str, list[str]]:
+        """The greedy answer to each request, up to its stop sequences."""
+        self._encode_ahead(request.args[0] for request in requests)
+        self._tasks = [request.task_name for request in requests]
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        self._encoded.clear()
+        for i, request in enumerate(requests):
+            self._check_length(i, lengths[i] + request.args[1].get("max_gen_toks", self.max_gen_toks))
+        order = sorted(range(len(requests)), key=lambda i: -lengths[i])
+        parts = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        found = {}
+        for name, variant in self.variants.items():
+            with variant(self.model):
+                found[name] = self._generate(requests, parts, name)
+        return found
+
+    def _generate(self, requests: list[Instance], parts: list[list[int]], name: str) -> list[str]:
+        world, rank = self.state.num_processes, self.state.process_index
+        rounds = range(-(-len(parts) // world))
+        answers: list[tuple[int, str]] = []
+        for i in tqdm(rounds, desc=f"{name}: answers", disable=rank > 0, leave=False):
+            mine = i * world + rank
+            part = parts[mine % len(parts)]
+            texts = super().generate_until([requests[request] for request in part], disable_tqdm=True)
+            if mine < len(parts):
+                answers += zip(part, texts, strict=True)
+        return [text for _, text in sorted(gather_object(answers))]
+
+
+def _batch(texts: list[np.ndarray], asked: list[list[tuple[int, list[int]]]]) -> Batch:
+    input_ids = np.zeros((len(texts), len(texts[0])), dtype=np.int64)  # what pads on the right is never looked at
+    questions: list[np.ndarray] = []
+    for row, (text, of_text) in enumerate(zip(texts, asked, strict=True)):
+        input_ids[row, : len(text)] = text
+        for owner, answer in of_text:
+            n = len(answer)
+            places = np.arange(len(text) - n, len(text))
+            questions.append(np.stack([np.full(n, row), places, np.array(answer), np.full(n, owner)]))
+    return Batch(torch.from_numpy(input_ids), *torch.from_numpy(np.concatenate(questions, axis=1)))
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    """Pinned first: a copy from ordinary memory would wait until the GPU has done all that it was given."""
+    if device.type == "cuda":
+        batch = Batch(*(tensor.pin_memory() for tensor in batch))
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+def _gathered(parts: list[Tensor]) -> list[list[float]]:
+    """The sum over all processes of [N, 2], given in parts."""
+    return reduce(torch.cat(parts), "sum").tolist() if parts else []
+
+
+def _answers(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    """hidden [N, D], targets [N] -> [N, 2]: log-probability of the target, and whether another token is likelier."""
+    values = torch.empty(len(targets), 2, dtype=torch.float64, device=targets.device)
+    rows = rows_per_chunk(targets.device)
+    for start in range(0, len(targets), rows):
+        part = slice(start, start + rows)
+        log_p, target = F.log_softmax(head.logits(hidden[part]), -1), targets[part, None]
+        values[part, 0] = log_p.gather(1, target)[:, 0].double()
+        values[part, 1] = (log_p.argmax(-1) != target[:, 0]).double()
+    return values

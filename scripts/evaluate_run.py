@@ -1,0 +1,83 @@
+"""Measures a model run in order, its pairs untuned, and what runs made of them: fidelity and tasks, side by side.
+
+    python scripts/evaluate_run.py runs/demo/resolved_config.yaml runs/demo evaluate.tasks='[seven]' \
+        evaluate.task_data=PATH
+    python scripts/evaluate_run.py configs/demo.yaml runs/seed0 runs/seed1 --pool --output runs/both
+    accelerate launch --num_processes 8 scripts/evaluate_run.py CONFIG RUN evaluate.tasks='[paper]' ...
+
+A few minutes on a CPU, without a run and without task files:
+
+    python scripts/evaluate_run.py configs/demo.yaml evaluate.tokens=2048
+
+The configuration gives base, held-out text and tasks; each run brings its own plan. Writes evaluation.json and
+items.jsonl.gz into each run's folder, or into --output, and prints a Markdown table. configs/tasks/ lists the tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if importlib.util.find_spec("lm_eval") is None:
+    sys.exit("error: evaluate_run.py needs the package lm-eval; run `pip install -e .[eval]`")
+
+from accelerate import PartialState
+
+from lp_train import models
+from lp_train.config import load_config
+from lp_train.errors import UserError
+from lp_train.evaluation.run import evaluate, table, write
+from lp_train.finetune import check_engine, quieten_libraries, use_all_cores
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, measures, and returns the exit code: 2 for a mistake of the user, told in one line."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate_run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a YAML file: a run's resolved_config.yaml, or one of configs/")
+    parser.add_argument("rest", nargs="*", metavar="run folder | key.path=value")
+    parser.add_argument("--output", type=Path, help="where results without a run of their own go")
+    parser.add_argument("--pool", action="store_true", help="the runs are seeds of one recipe: also give their mean")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    options = parser.parse_intermixed_args(arguments)
+    quieten_libraries()
+    try:
+        run(options)
+    except UserError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    config = load_config(options.config, [argument for argument in options.rest if "=" in argument])
+    folders = [Path(argument) for argument in options.rest if "=" not in argument]
+    output = options.output or Path(config.train["output_dir"] + "-untuned")
+    if options.pool and options.output is None:
+        raise UserError("--pool: the mean of several runs needs a folder; add --output FOLDER")
+    state = PartialState(cpu=models.device().type == "cpu")
+    check_engine(state)
+    use_all_cores(state)
+    say = print if state.is_main_process else lambda *_: None
+    documents = evaluate(config, folders, state, options.pool, say)
+    if state.is_main_process:
+        for document, folder in zip(documents, [*folders, output], strict=False):
+            write(folder, document)
+        print(
+            f"\n{table(documents)}\n\nwritten: "
+            + ", ".join(f"{folder}/evaluation.json" for _, folder in zip(documents, [*folders, output], strict=False))
+        )
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
