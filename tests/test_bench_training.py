@@ -260,7 +260,11 @@ def fake_run(seen: list[Case]) -> Callable[..., dict[str, Any]]:
     def run(case: Case, names: list[str], say: Callable[[str], None]) -> dict[str, Any]:
         seen.append(case)
         rates = {"ours": {"tokens_per_second": 2e6}, names[1]: {"tokens_per_second": 1e6}}
-        return {"device": "none", "variants": rates | ({names[1]: {"error": "out of memory"}} if len(seen) > 2 else {})}
+        return {
+            "device": "none",
+            "case": dataclasses.asdict(case),
+            "variants": rates | ({names[1]: {"error": "out of memory"}} if len(seen) > 2 else {}),
+        }
 
     return run
 
@@ -276,6 +280,22 @@ def test_sweep_writes_lines_and_a_plot(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     rows = table.sweep(lines).splitlines()
     assert rows[2] == "| seq 32 | 0.50 | 1.00 | 2.00 x |" and rows[-1].endswith("| 0.50 | not run | not run |")
+
+
+def test_a_sweep_goes_on_where_it_was_cut_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Case] = []
+    monkeypatch.setattr(training, "run", fake_run(seen))
+    base = dataclasses.replace(TINY, layers=8)
+    sweep.run(base, sweep.Axes(seq=[32], vocab=[], depth=[], tokens=128), tmp_path, say=lambda line: None)
+    axes = sweep.Axes(seq=[32, 64], vocab=[128], depth=[], tokens=128)
+    lines = sweep.run(base, axes, tmp_path, say=lambda line: None)
+    assert [case.size for case in seen] == [(4, 32), (2, 64), (2, 24)] and [line["value"] for line in lines] == [
+        32,
+        64,
+        128,
+    ]
+    with pytest.raises(UserError, match="holds seq 32 of another case; name a new folder"):
+        sweep.run(dataclasses.replace(base, rank=2), axes, tmp_path, say=lambda line: None)
 
 
 def test_head_losses_agree_with_the_plain_formula(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import table, training
 from benchmarks.case import Case, model_config, window
+from lp_train.errors import UserError
 
 PAIRS = 5  # at each depth, where they fit
 
@@ -35,19 +36,34 @@ class Axes:
 
 
 def run(base: Case, axes: Axes, out: Path, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Measures every cell; ``out/sweep.jsonl`` and ``out/sweep.png`` are written anew after each."""
+    """Measures every cell that ``out/sweep.jsonl`` does not hold yet; ``out/sweep.png`` is drawn anew after each.
+
+    Raises:
+        UserError: the file holds a cell of another case.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    path = out / "sweep.jsonl"
     lines: list[dict[str, Any]] = []
     baseline = "c" if base.compile else "b"
-    with (out / "sweep.jsonl").open("w") as file:
-        for axis, value, case in axes.cases(base):
+    held = {(line["axis"], line["value"]): line for line in map(json.loads, _lines(path))}
+    for axis, value, case in axes.cases(base):
+        line = held.get((axis, value))
+        if line is None:
             say(f"{axis} {value:g}")
             found = training.run(case, ["ours", baseline], say)
             times = {name: time_per_token(row) for name, row in found["variants"].items()}
-            lines.append({"axis": axis, "value": value, "baseline": baseline, "us_per_token": times, **found})
-            print(json.dumps(lines[-1]), file=file, flush=True)
-            table.plot_sweep(lines, out / "sweep.png", f"{base.shape}, {found['device']}")
+            line = {"axis": axis, "value": value, "baseline": baseline, "us_per_token": times, **found}
+            with path.open("a") as file:
+                print(json.dumps(line), file=file)
+        elif line["case"] != asdict(case):
+            raise UserError(f"--out {out}: holds {axis} {value:g} of another case; name a new folder")
+        lines.append(line)
+        table.plot_sweep(lines, out / "sweep.png", f"{base.shape}, {line['device']}")
     return lines
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def time_per_token(row: dict[str, Any]) -> float | None:

@@ -88,8 +88,10 @@ def plot_sweep(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("time per token [µs]")
     panels[0].set_ylim(bottom=0)
-    if lines:
-        panels[0].legend()
+    for panel in panels:
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend()
+            break
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
