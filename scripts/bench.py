@@ -1,9 +1,11 @@
 """Speed and memory of training, on random weights and tokens: steps, a sweep over shapes, the loss alone.
+And of tasks: lm-eval over our model object beside the bare model.
 
     python scripts/bench.py train --shape llama-8b --batch 8 --seq 2048 --out runs/train.jsonl
     python scripts/bench.py table runs/train.jsonl
     python scripts/bench.py sweep --shape llama-1b --out runs/sweep
     python scripts/bench.py loss --rows 16384 --width 4096 --vocab 128256
+    python scripts/bench.py harness configs/smollm2_135m.yaml evaluate.tasks=[hellaswag_local] evaluate.task_data=DATA
 
 On a CPU, in seconds:
 
@@ -26,9 +28,10 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from benchmarks import losses, results, sweep, table, training
+from benchmarks import harness, losses, results, sweep, table, training
 from benchmarks.case import SHAPES, Case
 from lp_train import models
+from lp_train.config import load_config
 from lp_train.errors import UserError
 from lp_train.finetune import quieten_libraries
 
@@ -66,6 +69,14 @@ def loss(options: argparse.Namespace) -> None:
     dtype = models.resolve_dtype(options.dtype, device)
     found = losses.run(options.rows, options.width, options.vocab, dtype, device, options.repeats)
     report(table.losses(found), found)
+
+
+def tasks(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    if not config.evaluate.tasks:
+        raise UserError("evaluate.tasks []: nothing to run; name tasks, e.g. evaluate.tasks=[hellaswag_local]")
+    found = harness.run(config, options.repeats, say)
+    report(table.harness(found), found)
 
 
 def say(line: str) -> None:
@@ -111,6 +122,11 @@ def parser() -> argparse.ArgumentParser:
     for name, value in {"rows": 16384, "width": 4096, "vocab": 128256, "repeats": 5}.items():
         alone.add_argument(f"--{name}", type=positive, default=value, help="default %(default)s")
     alone.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    over = commands.add_parser("harness", help="tasks through lm-eval, and the bare model over the same inputs")
+    over.set_defaults(run=tasks)
+    over.add_argument("config", help="a YAML file with evaluate.tasks")
+    over.add_argument("overrides", nargs="*", metavar="key.path=value")
+    over.add_argument("--repeats", type=positive, default=2, help="default %(default)s")
     return top
 
 

@@ -98,13 +98,15 @@ def test_speed_of_two_commits(repository: list[str], monkeypatch: pytest.MonkeyP
 def test_worktrees_are_gone_afterwards(
     repository: list[str], number: signal.Signals, raised: type[BaseException]
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     try:
         with pytest.raises(raised), worktrees(repository) as trees:
             assert ["0.5" in (tree / "lp_train" / "finetune.py").read_text() for tree in trees] == [True, False]
             signal.raise_signal(number)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
     assert not any(tree.exists() for tree in trees)
     assert len(compare_commits.git("worktree", "list").splitlines()) == 1
 

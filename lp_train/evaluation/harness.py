@@ -7,12 +7,12 @@ text by text, and with a model that is loaded already believes to be alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from lm_eval.api.instance import Instance
@@ -30,7 +30,7 @@ from lp_train.pairing.families import decoder_of
 Request = tuple[Any, list[int], list[int]]  # unused, context, continuation
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}  # enough that a small model keeps the device busy
 ROWS_PER_GENERATION = {"cpu": 8, "cuda": 64}
-REQUESTS_AT_A_TIME = 8192  # are encoded while a GPU still works on those before
+REQUESTS_AT_A_TIME = 4096  # are encoded while the model works on those before
 
 
 class Batch(NamedTuple):
@@ -97,18 +97,22 @@ class HarnessModel(HFLM):
         Raises:
             UserError: context and continuation are longer than the model's context.
         """
-        started, found = time.perf_counter(), []
-        for start in range(0, len(requests), REQUESTS_AT_A_TIME):
-            part = requests[start : start + REQUESTS_AT_A_TIME]
-            pairs = [request.args for request in part]
-            self._encode_ahead(text for c, answer in pairs if c for text in (c.rstrip(), c + answer))
-            self._encode_ahead((answer for context, answer in pairs if not context), add_special_tokens=False)
-            self._tasks = [request.task_name for request in part]
-            found.append(super().loglikelihood(part, disable_tqdm=True))
-            self._encoded.clear()
+        started = time.perf_counter()
+        parts = [requests[i : i + REQUESTS_AT_A_TIME] for i in range(0, len(requests), REQUESTS_AT_A_TIME)]
+        with ThreadPoolExecutor(1) as ahead:  # the next parts are encoded while the model is busy with those before
+            found = [self._score_all(*prepared) for prepared in ahead.map(self._prepare, parts)]
         sums = {name: _gathered([of_part[name] for of_part in found]) for name in self.variants}
         self.seconds += time.perf_counter() - started
         return {name: [(nats, wrong == 0) for nats, wrong in values] for name, values in sums.items()}
+
+    def _prepare(self, requests: list[Instance]) -> tuple[list[Batch], int]:
+        pairs = [request.args for request in requests]
+        self._encode_ahead(text for c, answer in pairs if c for text in (c.rstrip(), c + answer))
+        self._encode_ahead((answer for context, answer in pairs if not context), add_special_tokens=False)
+        self._tasks = [request.task_name for request in requests]
+        prepared = super().loglikelihood(requests, disable_tqdm=True)
+        self._encoded.clear()
+        return prepared, len(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> dict[str, list[float]]:
         """Of each whole text, in windows of the model's context that do not overlap in what they predict."""
@@ -122,7 +126,7 @@ class HarnessModel(HFLM):
             windows += [(None, *make_disjoint_window(part)) for part in parts]
             owners += [i] * (len(windows) - len(owners))
         self._tasks = [requests[owner].task_name for owner in owners]
-        found, sums = self._loglikelihood_tokens(windows), {}
+        found, sums = self._score_all(self._loglikelihood_tokens(windows), len(windows)), {}
         for name in self.variants:
             sums[name] = np.zeros(len(requests))
             np.add.at(sums[name], owners, [nats for nats, _ in _gathered([found[name]])])
@@ -131,18 +135,9 @@ class HarnessModel(HFLM):
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> dict[str, Tensor]:
-        """:meth:`_score` for each variant, on this process's share and without waiting for the device."""
-        batches, tokens = self._batches(requests)
-        self.tokens += tokens * len(self.variants)
-        found = {}
-        for name, variant in self.variants.items():
-            with variant(self.model):
-                found[name] = self._score(batches, len(requests), name)
-        return found
-
-    def _batches(self, requests: Sequence[Request]) -> tuple[list[Batch], int]:
-        """Batches from the longest inputs to the shortest, each input once, and how many tokens they hold."""
+    ) -> list[Batch]:
+        """Not the answers as in ``HFLM`` but what :meth:`_score_all` needs to find them: batches from the longest
+        inputs to the shortest, each input once."""
         inputs: dict[bytes, int] = {}
         texts: list[np.ndarray] = []
         asked: list[list[tuple[int, list[int]]]] = []  # of each input: request and continuation
@@ -159,9 +154,25 @@ class HarnessModel(HFLM):
         while start < len(order):
             rows = self.rows or max(self.tokens_per_batch // len(texts[order[start]]), 1)
             part = order[start : start + rows]
-            batches.append(_batch([texts[place] for place in part], [asked[place] for place in part]))
+            batches.append(self._batch([texts[place] for place in part], [asked[place] for place in part]))
             start += rows
-        return batches, sum(len(text) for text in texts)
+        self.tokens += sum(len(text) for text in texts) * len(self.variants)
+        return batches
+
+    def _batch(self, texts: list[np.ndarray], asked: list[list[tuple[int, list[int]]]]) -> Batch:
+        input_ids = np.zeros((len(texts), len(texts[0])), dtype=np.int64)  # padding on the right is never looked at
+        for row, text in enumerate(texts):
+            input_ids[row, : len(text)] = text
+        flat = [(row, *question) for row, of_row in enumerate(asked) for question in of_row]
+        lengths = np.array([len(answer) for _, _, answer in flat])
+        ends = np.array([len(texts[row]) for row, _, _ in flat])  # an answer is the end of its input, one token on
+        steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths), lengths)  # -n .. -1 within each answer
+        rows, positions = np.repeat([row for row, _, _ in flat], lengths), np.repeat(ends, lengths) + steps
+        targets = np.concatenate([answer for _, _, answer in flat]).astype(np.int64)
+        owners = np.repeat([owner for _, owner, _ in flat], lengths)
+        batch = Batch(*(torch.from_numpy(array) for array in (input_ids, rows, positions, targets, owners)))
+        # pinned, or the copy to a GPU would wait until it has done all that it was given
+        return Batch(*(tensor.pin_memory() for tensor in batch)) if self.device.type == "cuda" else batch
 
     def _check_length(self, request: int, tokens: int) -> None:
         if tokens > self.max_length:
@@ -170,21 +181,31 @@ class HarnessModel(HFLM):
                 f"{self.max_length:,}; lower evaluate.num_fewshot or leave the task out"
             )
 
-    @torch.no_grad()
-    def _score(self, batches: list[Batch], requests: int, name: str) -> Tensor:
-        """[requests, 2]: log-likelihood in nats, and how many tokens are not the most likely ones. Zero for requests
-        of which another process has the batch."""
-        head, decoder, where = Head.of(self.model), decoder_of(self.model), self.device
-        sums = torch.zeros(requests, 2, dtype=torch.float64, device=where)
+    def _score_all(self, batches: list[Batch], requests: int) -> dict[str, Tensor]:
+        """:meth:`_score` for each variant, on this process's share and without waiting for the device."""
         world, rank = self.state.num_processes, self.state.process_index
-        rounds = range(-(-len(batches) // world))
-        for i in tqdm(rounds, desc=f"{name}: log-likelihoods", disable=rank > 0 or len(rounds) < 4, leave=False):
-            mine = i * world + rank  # past the end a batch is repeated: sharded weights need all processes every time
-            batch = _on(batches[mine % len(batches)], where)
+        # past the end a batch is repeated: sharded weights need all processes every time
+        mine = [batches[i % len(batches)] for i in range(rank, -(-len(batches) // world) * world, world)]
+        on_device = [Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch)) for batch in mine]
+        counted = len(range(rank, len(batches), world))
+        found = {}
+        for name, variant in self.variants.items():
+            with variant(self.model):
+                found[name] = self._score(on_device, counted, requests, name)
+        return found
+
+    @torch.no_grad()
+    def _score(self, batches: list[Batch], counted: int, requests: int, name: str) -> Tensor:
+        """[requests, 2]: log-likelihood in nats, and how many tokens are not the most likely ones. Zero for requests
+        of which another process has the batch; of ``batches`` the first ``counted`` count."""
+        head, decoder = Head.of(self.model), decoder_of(self.model)
+        sums = torch.zeros(requests, 2, dtype=torch.float64, device=self.device)
+        quiet = self.state.process_index > 0 or len(batches) < 4
+        for i, batch in enumerate(tqdm(batches, desc=f"{name}: log-likelihoods", disable=quiet, leave=False)):
             with self._autocast():
                 hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state
                 values = _answers(head, hidden[batch.rows, batch.positions], batch.targets)
-            if mine < len(batches):
+            if i < counted:
                 sums.index_add_(0, batch.owners, values)
         return sums
 
@@ -223,25 +244,6 @@ class HarnessModel(HFLM):
         return [text for _, text in sorted(gather_object(answers))]
 
 
-def _batch(texts: list[np.ndarray], asked: list[list[tuple[int, list[int]]]]) -> Batch:
-    input_ids = np.zeros((len(texts), len(texts[0])), dtype=np.int64)  # what pads on the right is never looked at
-    questions: list[np.ndarray] = []
-    for row, (text, of_text) in enumerate(zip(texts, asked, strict=True)):
-        input_ids[row, : len(text)] = text
-        for owner, answer in of_text:
-            n = len(answer)
-            places = np.arange(len(text) - n, len(text))
-            questions.append(np.stack([np.full(n, row), places, np.array(answer), np.full(n, owner)]))
-    return Batch(torch.from_numpy(input_ids), *torch.from_numpy(np.concatenate(questions, axis=1)))
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    """Pinned first: a copy from ordinary memory would wait until the GPU has done all that it was given."""
-    if device.type == "cuda":
-        batch = Batch(*(tensor.pin_memory() for tensor in batch))
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-
-
 def _gathered(parts: list[Tensor]) -> list[list[float]]:
     """The sum over all processes of [N, 2], given in parts."""
     return reduce(torch.cat(parts), "sum").tolist() if parts else []
@@ -253,7 +255,7 @@ def _answers(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     rows = rows_per_chunk(targets.device)
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
-        log_p, target = F.log_softmax(head.logits(hidden[part]), -1), targets[part, None]
-        values[part, 0] = log_p.gather(1, target)[:, 0].double()
-        values[part, 1] = (log_p.argmax(-1) != target[:, 0]).double()
+        logits, target = head.logits(hidden[part]), targets[part, None]
+        values[part, 0] = (logits.gather(1, target)[:, 0] - logits.logsumexp(-1)).double()
+        values[part, 1] = (logits.argmax(-1) != target[:, 0]).double()
     return values

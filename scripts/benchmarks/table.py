@@ -44,6 +44,28 @@ def training(found: dict[str, Any]) -> str:
     return f"{head}\n\n{markdown([*header, 'recompiled', 'loss'], rows)}"
 
 
+def harness(found: dict[str, Any]) -> str:
+    head = (
+        f"{found['config']}, {found['dtype']}; {found['device']} ({found['machine']}), torch "
+        f"{found['versions']['torch']}, transformers {found['versions']['transformers']}, {found['date']}, commit "
+        f"{found['commit']}, code {found['code']}"
+    )
+    header = ("task", "items", "tokens", "harness tokens/s", "of bare decoder", "of bare with logits", "paired cost")
+    rows = [
+        [
+            name,
+            f"{row['items']:,}",
+            f"{row['tokens']:,}",
+            f"{row['harness']:,.0f}",
+            f"{row['of_decoder']:.0%}",
+            f"{row['of_logits']:.0%}",
+            f"{row['paired_over_sequential']['harness']:.2f} x",
+        ]
+        for name, row in found["tasks"].items()
+    ]
+    return f"{head}\n\n{markdown(header, rows)}"
+
+
 def _variant(name: str, row: dict[str, Any]) -> list[str]:
     label = f"{name}: {row['what']}"
     if "error" in row:
