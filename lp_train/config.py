@@ -145,6 +145,9 @@ _TRAIN_TYPES = {  # ours, and where we allow more or less than the library
     "max_steps_float32": int,
     "max_length": int,
     "gradient_checkpointing_every": int,
+    "task_steps": int | None,
+    "early_stopping_patience": int | None,
+    "metric_for_best_model": Literal["kl", "nll"],
     "torch_compile": bool | Literal["auto"],
     "cuda_graph": bool | Literal["auto"],
     "fp8": bool,
@@ -210,8 +213,8 @@ def _all_keys() -> list[str]:
     keys = [f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
     keys += [f"train.{f.name}" for f in dataclasses.fields(SFTConfig) if f.name not in OWNED_TRAIN]
     keys += [f"lora.{f.name}" for f in dataclasses.fields(LoraConfig) if f.name not in OWNED_LORA]
-    ours = ("global_batch_tokens", "max_steps_float32", "gradient_checkpointing_every", "cuda_graph", "fp8")
-    return [*keys, *(f"train.{name}" for name in ours), "lora.scope"]
+    ours = OUR_TRAIN_DEFAULTS.keys() - {f.name for f in dataclasses.fields(SFTConfig)}
+    return [*keys, *(f"train.{name}" for name in sorted(ours)), "train.max_steps_float32", "lora.scope"]
 
 
 class _Loader(yaml.SafeLoader):

@@ -100,18 +100,35 @@ def _train(config: Config) -> Iterator[str]:
         "max_length",
         "learning_rate",
         "gradient_checkpointing_every",
+        "task_steps",
+        "early_stopping_patience",
     ):
-        if name in train and not train[name] > 0:
+        if train.get(name) is not None and not train[name] > 0:
             yield f"train.{name} {train[name]}: must be above 0"
     given = [n for n in ("max_steps", "num_train_epochs") if n in train]
     if not given:
         yield "train.max_steps: missing; give train.max_steps or train.num_train_epochs"
     if len(given) == 2:
         yield "train.max_steps and train.num_train_epochs: both given; set one of them to null"
+    yield from _during_training(config)
     tokens, length = train["global_batch_tokens"], train["max_length"]
     if tokens > 0 and length > 0 and tokens % length:
         low = max(tokens // length, 1) * length
         yield f"train.global_batch_tokens {tokens}: not a multiple of max_length {length}; use {low} or {low + length}"
+
+
+def _during_training(config: Config) -> Iterator[str]:
+    train, steps = config.train, config.train["task_steps"]
+    if steps and not config.evaluate.tasks:
+        yield f"train.task_steps {steps}: no tasks to measure; name some in evaluate.tasks, or set it to null"
+    if steps and train["eval_steps"] > 0 and steps % train["eval_steps"]:
+        near = max(1, round(steps / train["eval_steps"])) * train["eval_steps"]
+        yield f"train.task_steps {steps}: not a multiple of eval_steps {train['eval_steps']}; use {near:g}"
+    if train["early_stopping_patience"] and not train.get("load_best_model_at_end"):
+        yield (
+            f"train.early_stopping_patience {train['early_stopping_patience']}: the result is that of the best "
+            "checkpoint; set train.load_best_model_at_end: true"
+        )
 
 
 def _evaluate(config: Config) -> Iterator[str]:

@@ -23,17 +23,18 @@ import argparse
 import ctypes.util
 import dataclasses
 import functools
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback, ProgressCallback
 from trl import SFTConfig
 
 from lp_train import models, track
@@ -54,6 +55,9 @@ from lp_train.evaluation.fidelity import Fidelity, as_it_is
 from lp_train.pairing import PairPlan, adapters_off, in_order, keep_originals, pair_layers, sequential
 from lp_train.pairing.families import check_family, decoder_of
 from lp_train.run_folder import checkpoint_to_resume, open_run_folder
+
+if TYPE_CHECKING:
+    from lp_train.evaluation.tasks import Watch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,13 +171,23 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     original, paired = before["sequential"], before["paired"]
     say(f"held-out nll: original {original.nll:.4f}, paired {paired.nll:.4f} (kl {paired.kl:.4f})")
     answers = bench.answers(model, tokenizer, {"sequential": sequential, "paired": adapters_off})
+    watch, task_steps = watched_tasks(config, tokenizer, dtype), config.train["task_steps"]
+    if watch:
+        start = extra["tasks_at_start"] = watch(model, {"sequential": sequential, "paired": adapters_off})
+        for name, value in start["sequential"].items():
+            say(f"{name}: original {value:.4f}, paired {start['paired'][name]:.4f}")
 
     measured_at: dict[int, Fidelity] = {}  # by step
 
     def held_out() -> dict[str, float | None]:
-        now = measured_at[trainer.state.global_step] = bench.measure(model, {"recovered": as_it_is})["recovered"]
-        won = {f"recovery_{name}": value for name, value in reports.recovery(original, paired, now).items()}
-        return {**now.as_dict(), **won}
+        step = trainer.state.global_step
+        now = measured_at[step] = bench.measure(model, {"recovered": as_it_is})["recovered"]
+        won: dict[str, float | None] = {}
+        for name, value in reports.recovery(original, paired, now).items():
+            won[f"recovery_{name}"] = value
+        if watch and (step % task_steps == 0 or step == trainer.state.max_steps):
+            won |= watch(model, {"recovered": as_it_is})["recovered"]
+        return now.as_dict() | won
 
     trainer = make_trainer(model, args, config, plan, bench, tokenizer, held_out)
     if state.device.type == "cuda":
@@ -181,9 +195,8 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(folder, model, resume))
 
     # after: what came back, and everything on disk
-    if trainer.state.global_step not in measured_at:
-        held_out()
-    recovered = measured_at[trainer.state.global_step]
+    step = trainer.result_step
+    recovered = measured_at.get(step) or bench.measure(model, {"recovered": as_it_is})["recovered"]
     answers |= bench.answers(model, tokenizer, {"recovered": as_it_is})
     figures = {"sequential": original, "paired": paired, "recovered": recovered}
     report = make_report(config, plan, figures, trainer, data, state) | extra | {"sample": answers or None}
@@ -279,7 +292,21 @@ def make_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Console)
+    if (patience := config.train["early_stopping_patience"]) and args.eval_strategy != "no":
+        trainer.add_callback(EarlyStoppingCallback(patience))
     return trainer
+
+
+def watched_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Watch | None:
+    if not config.train["task_steps"]:
+        return None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "train.task_steps: tasks need the package lm-eval; run `pip install -e .[eval]`, or set it to null"
+        )
+    from lp_train.evaluation.tasks import Watch  # an extra, and slow to import
+
+    return Watch(config.evaluate, tokenizer, dtype)
 
 
 def train_control(
@@ -288,7 +315,9 @@ def train_control(
     """The same training without pairs. Cross-entropy alone also moves the original, which recovery must not count."""
     print("control: the same adapters and data, layers in order", flush=True)
     folder = f"{args.output_dir}/control"
-    args = dataclasses.replace(args, output_dir=folder, report_to="none", eval_strategy="no", save_strategy="no")
+    args = dataclasses.replace(
+        args, output_dir=folder, report_to="none", eval_strategy="no", save_strategy="no", load_best_model_at_end=False
+    )
     set_seed(args.seed)
     model = build_model(config, plan, bench.state.device)
     with in_order(model):
@@ -321,6 +350,7 @@ def make_report(
             "num_layers": plan.num_layers,
         },
         "effective_depth": plan.effective_depth,
+        "result_step": trainer.result_step,
         **{name: fidelity.as_dict() for name, fidelity in figures.items()},
         "gap": reports.gap(figures["sequential"], figures["paired"]),
         "recovery": reports.recovery(figures["sequential"], figures["paired"], figures["recovered"]),

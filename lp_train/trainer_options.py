@@ -25,9 +25,17 @@ OUR_TRAIN_DEFAULTS: dict[str, Default] = {
     "logging_nan_inf_filter": Default(False, "a loss that is not finite must be seen"),
     "eval_strategy": Default("steps", "the recovery is followed during the run"),
     "eval_steps": Default(50, "held-out figures every fifty steps"),
+    "task_steps": Default(
+        None, "evaluate.tasks are measured during training every so many steps; a multiple of eval_steps"
+    ),
     "save_strategy": Default("steps", "a stopped run can go on"),
     "save_steps": Default(50, "a stopped run loses at most fifty steps"),
     "save_total_limit": Default(2, "checkpoints of adapters, the last two are enough"),
+    "metric_for_best_model": Default(
+        "kl", "the best checkpoint is the closest to the original, not the one of lowest loss"
+    ),
+    "greater_is_better": Default(False, "of a distance"),
+    "early_stopping_patience": Default(None, "stops after so many evaluations that are no better than the best one"),
     "gradient_checkpointing": Default(False, "costs a second forward; set it when the memory does not suffice"),
     "gradient_checkpointing_every": Default(1, "with 2, every second block from the first pair on: half of either"),
     "torch_compile": Default("auto", "each block of layers is compiled on a GPU; a minute at the start"),

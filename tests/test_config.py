@@ -191,6 +191,8 @@ def test_the_tables_name_real_options(path: Path) -> None:
         "gradient_checkpointing_every",
         "cuda_graph",
         "fp8",
+        "task_steps",
+        "early_stopping_patience",
     }
     assert set(OWNED_TRAIN) & set(OUR_TRAIN_DEFAULTS) == set()
 

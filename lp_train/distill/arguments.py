@@ -10,6 +10,7 @@ from trl import SFTConfig
 
 from lp_train.config import Config, batch_split
 from lp_train.errors import UserError
+from lp_train.trainer_options import OUR_TRAIN_DEFAULTS
 
 
 def training_arguments(
@@ -22,8 +23,8 @@ def training_arguments(
     """
     options = dict(config.train)
     tokens, length = options.pop("global_batch_tokens"), options["max_length"]
-    for name in ("torch_compile", "gradient_checkpointing_every", "cuda_graph", "fp8"):  # our trainer's own
-        options.pop(name)
+    for name in ("torch_compile", *(name for name in OUR_TRAIN_DEFAULTS if name not in SFTConfig.__dataclass_fields__)):
+        options.pop(name, None)  # ours
     slow_steps = options.pop("max_steps_float32", None)
     if slow_steps and "max_steps" in options and dtype == torch.float32:
         options["max_steps"] = slow_steps

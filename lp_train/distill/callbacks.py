@@ -39,6 +39,9 @@ class Console(ProgressCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         parts = [form.format(logs[name]) for name, form in CONSOLE.items() if logs.get(name) is not None]
+        parts += [
+            f"{name.partition('/')[2]} {value:.4f}" for name, value in logs.items() if name.startswith("eval_tasks/")
+        ]
         if state.is_world_process_zero and self.training_bar is not None and parts:
             self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
 
@@ -70,7 +73,9 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_log |= state.global_step >= state.max_steps
+        last = state.global_step >= state.max_steps
+        control.should_log |= last
+        control.should_evaluate |= last and args.eval_strategy != "no"
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

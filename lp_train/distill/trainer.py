@@ -224,6 +224,12 @@ class PairedTrainer(SFTTrainer):
             (temporary := target.with_suffix(".tmp")).write_text(json.dumps(totals))
             temporary.rename(target)
 
+    @property
+    def result_step(self) -> int:
+        """The step whose weights the model has after training: the last one, or that of the best checkpoint."""
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        return int(best.rpartition("-")[2]) if best else self.state.global_step
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._last_checkpoint = resume_from_checkpoint

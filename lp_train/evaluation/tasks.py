@@ -10,7 +10,7 @@ import functools
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,23 @@ class Suite:
     def value(self, task: str, items: Items, metric: str) -> float:
         """lm-eval's own figure of a task: a mean, a perplexity."""
         return float(self.tasks[task].task.aggregation()[metric.partition(",")[0]](items.metrics[metric]))
+
+
+class Watch:
+    """``evaluate.tasks`` while a model trains: each task's usual figure, on the same items every time."""
+
+    def __init__(self, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
+        self.suite, self.tokenizer, self.dtype = load_suite(config), tokenizer, dtype
+        self.batch_size = config.task_batch_size
+
+    def __call__(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, dict[str, float]]:
+        """``{variant: {"tasks/<task>/<metric>": value}}``, on every process."""
+        found, _ = self.suite.run(model, self.tokenizer, variants, self.dtype, PartialState(), self.batch_size)
+        return {variant: dict(self._figures(of_variant)) for variant, of_variant in found.items()}
+
+    def _figures(self, items: Mapping[str, Items]) -> Iterator[tuple[str, float]]:
+        for task, built in self.suite.tasks.items():
+            yield f"tasks/{task}/{built.primary}", self.suite.value(task, items[task], built.primary)
 
 
 def _items(built: Built) -> Items:
