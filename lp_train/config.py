@@ -92,6 +92,7 @@ class EvaluateConfig:
     """Held-out ``tokens`` measured each time; ``prompt`` is answered by all three models at the end.
 
     ``tasks``: names of lm-eval's tasks and of those in ``configs/tasks``, whose files lie in ``task_data``.
+    ``generation_prompts``: beginnings of held-out documents that all models continue by ``generation_tokens``.
     ``task_limit``: items of each task, a fixed sample. ``task_batch_size``: rows; null for as many as fit usually.
     """
 
@@ -99,6 +100,8 @@ class EvaluateConfig:
     batch_size: int = 8
     prompt: str | None = None
     max_new_tokens: int = 48
+    generation_prompts: int = 64
+    generation_tokens: int = 64
     tasks: list[str] = field(default_factory=list)
     task_data: str | None = None
     num_fewshot: int | None = None

@@ -132,9 +132,10 @@ def _during_training(config: Config) -> Iterator[str]:
 
 
 def _evaluate(config: Config) -> Iterator[str]:
-    for name in ("tokens", "batch_size", "max_new_tokens", "task_limit", "task_batch_size"):
+    for name in ("tokens", "batch_size", "max_new_tokens", "generation_tokens", "task_limit", "task_batch_size"):
         value = getattr(config.evaluate, name)
         if value is not None and value < 1:
             yield f"evaluate.{name} {value}: must be at least 1"
-    if (config.evaluate.num_fewshot or 0) < 0:
-        yield f"evaluate.num_fewshot {config.evaluate.num_fewshot}: must be 0 or more"
+    for name in ("num_fewshot", "generation_prompts"):
+        if (value := getattr(config.evaluate, name) or 0) < 0:
+            yield f"evaluate.{name} {value}: must be 0 or more"

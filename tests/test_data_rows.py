@@ -2,6 +2,7 @@
 
 import copy
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,10 +138,35 @@ def test_kd_on_all_keeps_the_completion_labels_beside(build: Build) -> None:
     row = everywhere.train[0]
     assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
     assert row["ce_labels"] == completion.train[0]["labels"]
-    assert everywhere.eval.column_names == everywhere.train.column_names
+    assert everywhere.eval.column_names == [*everywhere.train.column_names, "domain"]
     assert "ce_labels" not in completion.train.column_names
     plain = build([{"text": "Only plain text, so that both kinds of labels are the same."}], kd_on="all")
     assert "ce_labels" not in plain.train.column_names
+
+
+@pytest.mark.parametrize("pattern", ["*.eval.jsonl.xz", None])
+def test_held_out_tokens_know_the_file_that_they_come_from(
+    tmp_path: Path, tiny_tokenizer: Any, pattern: str | None
+) -> None:
+    texts = {"tales": "The sea was calm and the story went on.", "code": "A parser reads tokens; a tree is a list."}
+    for name, text in texts.items():
+        lines = [json.dumps({"text": f"{text} {i} {text}"}) for i in range(6)]
+        (tmp_path / f"{name}.eval.jsonl.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
+    held = [Source(str(tmp_path / pattern))] if pattern else [Source(str(p)) for p in sorted(tmp_path.glob("*.xz"))]
+    config = DataConfig([write(tmp_path / "train.jsonl", [{"text": "Something else to learn."}])], held)
+    options = {"max_length": 48, "train_tokens": None, "eval_tokens": 10_000, "kd_on": "completion", "seed": 0}
+    data = build_data(config, tiny_tokenizer, **options)
+    assert data.domains == ["code", "tales"] and "domain" not in data.train.column_names
+    found = {name: 0 for name in texts}
+    for row in data.eval:
+        start = 0
+        for length in row["seq_lengths"]:
+            (place,) = set(row["domain"][start : start + length])
+            piece = tiny_tokenizer.decode(row["input_ids"][start : start + length])
+            assert ("sea" in piece) == (data.domains[place] == "tales")
+            found[data.domains[place]] += 1
+            start += length
+    assert found == {"tales": 6, "code": 6}
 
 
 words = st.lists(st.integers(4, 300), min_size=1, max_size=70)
@@ -252,7 +278,9 @@ def test_truncation_is_asked_for_and_counted(build: Build, tiny_tokenizer: Any) 
 
 
 def test_tokens_lost_without_asking_are_an_error(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lp_train.data.rows.pack", lambda documents, length: pack([documents[0].cut(4)], length))
+    monkeypatch.setattr(
+        "lp_train.data.rows.pack", lambda documents, length, *of_eval: pack([documents[0].cut(4)], length, *of_eval)
+    )
     with pytest.raises(UserError, match=r"packing lost \d+\.\d% of the tokens"):
         build([{"text": "A parser reads tokens from the stream."}])
 

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from lp_train.data import RowCollator
 from lp_train.evaluation import fidelity
-from lp_train.evaluation.fidelity import Fidelity, as_it_is, measure, standard_error
+from lp_train.evaluation.fidelity import BUCKETS, Fidelity, as_it_is, by_domain, by_position, measure, standard_error
 from lp_train.evaluation.report import gap, recovery
 from lp_train.pairing import adapters_off, pair_layers, sequential
 
@@ -66,10 +66,13 @@ def rows(model: nn.Module) -> Dataset:
 
 
 @torch.no_grad()
-def naive(model: nn.Module, row: dict[str, Any], original: Callable[[nn.Module], Any] = sequential) -> list[float]:
-    """One row document by document, without packing or padding, from whole logits in float64."""
-    sums, start = [0.0] * 4, 0
-    for length in row["seq_lengths"]:
+def naive_tokens(
+    model: nn.Module, row: dict[str, Any], original: Callable[[nn.Module], Any] = sequential
+) -> list[tuple[int, int, np.ndarray]]:
+    """Of each measured token of a row: number of its document, place in it, and (1, NLL, KL, agreement); document by
+    document, without packing or padding, from whole logits in float64."""
+    found, start = [], 0
+    for document, length in enumerate(row["seq_lengths"]):
         ids, labels = (torch.tensor([row[name][start : start + length]]) for name in ("input_ids", "labels"))
         start += length
         ours = F.log_softmax(model(ids).logits.double(), -1)[0]
@@ -80,13 +83,50 @@ def naive(model: nn.Module, row: dict[str, Any], original: Callable[[nn.Module],
             if label == -100:
                 continue
             divergence = sum(float(p * (p.log() - q)) for p, q in zip(theirs[t].exp(), ours[t], strict=True))
-            found = (1.0, -float(ours[t, label]), divergence, float(ours[t].argmax() == theirs[t].argmax()))
-            sums = [a + b for a, b in zip(sums, found, strict=True)]
-    return sums
+            figures = (1.0, -float(ours[t, label]), divergence, float(ours[t].argmax() == theirs[t].argmax()))
+            found.append((document, t + 1, np.array(figures)))
+    return found
+
+
+def naive(model: nn.Module, row: dict[str, Any], original: Callable[[nn.Module], Any] = sequential) -> np.ndarray:
+    return sum((figures for *_, figures in naive_tokens(model, row, original)), np.zeros(4))
 
 
 def as_array(figures: Fidelity) -> np.ndarray:
     return np.stack([getattr(figures, name) for name in FIGURES], 1)
+
+
+def test_by_position_and_by_domain(tiny_llama: LlamaForCausalLM) -> None:
+    """The documents of a row are of domains b, c, b; 40 tokens reach into the third bucket."""
+    tiny_llama.config.max_position_embeddings = 64
+    model, draw = with_adapter(tiny_llama).eval(), np.random.default_rng(1)
+    lengths = [[40, 9, 3], [20, 32]]
+    ids = [draw.integers(4, model.config.vocab_size, 52).tolist() for _ in lengths]
+    labels = [[-100 if i % 5 == 0 else token for i, token in enumerate(row)] for row in ids]
+    for row, of_row in zip(labels, lengths, strict=True):
+        for start in np.cumsum([0, *of_row[:-1]]):
+            row[start] = -100
+    domain = [[[1, 2, 1][d] for d, n in enumerate(of_row) for _ in range(n)] for of_row in lengths]
+    rows = Dataset.from_dict({"input_ids": ids, "labels": labels, "seq_lengths": lengths, "domain": domain})
+    found = measure(model, rows, RowCollator(56, 3), 2, VARIANTS, domains=3)
+    spans, names = {(1, 15): [], (16, 31): [], (32, 63): []}, {"b": [], "c": []}
+    for row in rows:
+        for document, place, figures in naive_tokens(model, row):
+            next(of for (low, high), of in spans.items() if low <= place <= high).append(figures)
+            names["bcb"[document]].append(figures)
+    by_place, of_domain = by_position(found), by_domain(found, ["a", "b", "c"])
+    assert by_place["unit"] == "tokens of context"
+    assert [(b["from"], b["to"]) for b in by_place["buckets"]] == list(spans)
+    assert [d["domain"] for d in of_domain["domains"]] == ["b", "c"]  # none is of domain a
+    for section, expected in zip(
+        [*by_place["buckets"], *of_domain["domains"]], [*spans.values(), *names.values()], strict=True
+    ):
+        tokens, nll, kl, agreements = np.sum(expected, axis=0)
+        assert section["tokens"] == tokens
+        assert list(section["models"]) == ["sequential", "paired", "recovered"]
+        assert section["models"]["recovered"] == pytest.approx(
+            {"nll": nll / tokens, "kl": kl / tokens, "top1_agreement": agreements / tokens}, rel=1e-4, abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
@@ -191,7 +231,7 @@ def test_autocast_is_entered_for_every_batch(model: nn.Module, rows: Dataset) ->
 def figures(nll: Sequence[float], kl: Sequence[float], tokens: int = 100) -> Fidelity:
     """Rows of the same number of tokens with these means per token."""
     n = np.full(len(nll), float(tokens))
-    return Fidelity(n, np.array(nll) * n, np.array(kl) * n, n)
+    return Fidelity(n, np.array(nll) * n, np.array(kl) * n, n, np.zeros((1, BUCKETS, 4)))
 
 
 ORIGINAL = figures([2.0, 3.0, 2.5, 2.2], [0.0] * 4)

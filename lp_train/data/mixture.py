@@ -94,18 +94,19 @@ def _refuse_shared_rows(opened: dict[Role, list[OpenSource]]) -> None:
             raise UserError(f"{source.label}: calibration text is read whole, to keep it apart; set streaming: false")
 
 
-def draw_eval(sources: list[OpenSource], encoder: Encoder, tokens: int, seed: int) -> list[Tokens]:
-    """The first ``tokens`` tokens of the shuffled sources, the same share of each as far as it has that much."""
-    drawn: list[Tokens] = []
+def draw_eval(sources: list[OpenSource], encoder: Encoder, tokens: int, seed: int) -> list[tuple[str, Tokens]]:
+    """The first ``tokens`` tokens of the shuffled sources, the same share of each as far as it has that much; each
+    document with its domain."""
+    drawn: list[tuple[str, Tokens]] = []
     left = tokens
     for number, source in enumerate(sources):
         share = left // (len(sources) - number)
-        for _, document in encoder.encode_stream((number, d) for d in source.shuffled(seed)):
+        for domain, document in encoder.encode_stream(source.in_domains(seed)):
             if share <= 0:
                 break
             # Cut by us and not lost to training: not counted as dropped.
             kept = Tokens(document.ids[:share], document.trained[:share], document.masked, document.dropped)
-            drawn.append(kept)
+            drawn.append((domain, kept))
             share -= len(kept.ids)
             left -= len(kept.ids)
     return drawn

@@ -56,11 +56,13 @@ class DataStats:
 
 @dataclass(frozen=True)
 class Data:
-    """Packed rows: columns ``input_ids``, ``labels``, ``seq_lengths`` and, where they differ, ``ce_labels``."""
+    """Packed rows: columns ``input_ids``, ``labels``, ``seq_lengths`` and, where they differ, ``ce_labels``; in
+    ``eval`` also ``domain``, for each token the place of its document's domain in ``domains``."""
 
     train: Dataset
     eval: Dataset
     stats: DataStats
+    domains: list[str]
 
 
 def build_data(
@@ -88,25 +90,28 @@ def build_data(
     """
     encoder = Encoder(tokenizer, max_length if data.truncate else None)
     views = separate(data, cache_dir)
-    held_out = draw_eval(views.eval, encoder, eval_tokens, seed)
-    if not held_out:
+    held_out_of = draw_eval(views.eval, encoder, eval_tokens, seed)
+    if not held_out_of:
         raise UserError(_no_eval_message(data))
+    held_out, domains = [document for _, document in held_out_of], sorted({domain for domain, _ in held_out_of})
+    places = [domains.index(domain) for domain, _ in held_out_of]
     drawn = draw_train(views.train, encoder, train_tokens, seed)
     documents = [document for _, document in drawn]
     if not documents:
         raise UserError("data.train: zero tokens; all documents are empty, held out, or also in data.eval")
     two_labels = kd_on == "all" and any(document.masked for document in documents + held_out)
     train, evaluation = (
-        _label(pack(part, max_length), train_all=kd_on == "all", two_labels=two_labels)
-        for part in (documents, held_out)
+        _label(packed, train_all=kd_on == "all", two_labels=two_labels)
+        for packed in (pack(documents, max_length), pack(held_out, max_length, places))
     )
     stats = _count(data, drawn, held_out, train, evaluation, len(views.excluded))
     _check(stats, data.truncate)
-    return Data(train, evaluation, stats)
+    return Data(train, evaluation, stats, domains)
 
 
-def pack(documents: list[Tokens], max_length: int) -> Dataset:
-    """Packs documents into rows of up to ``max_length`` tokens: ``input_ids``, ``trained``, ``seq_lengths``."""
+def pack(documents: list[Tokens], max_length: int, domains: list[int] | None = None) -> Dataset:
+    """Packs documents into rows of up to ``max_length`` tokens: ``input_ids``, ``trained``, ``seq_lengths`` and, of
+    documents with ``domains``, for each token its document's ``domain``."""
     ends = np.cumsum([0] + [len(document.ids) for document in documents])
     # The narrow type on purpose: more than 2^31 tokens in memory is an error here and not an overflow.
     offsets = pa.array(ends, pa.int32())
@@ -114,6 +119,9 @@ def pack(documents: list[Tokens], max_length: int) -> Dataset:
         "input_ids": pa.ListArray.from_arrays(offsets, np.concatenate([document.ids for document in documents])),
         "trained": pa.ListArray.from_arrays(offsets, np.concatenate([document.trained for document in documents])),
     }
+    if domains is not None:
+        of_token = np.repeat(np.array(domains, np.int32), np.diff(ends))
+        columns["domain"] = pa.ListArray.from_arrays(offsets, of_token)
     return pack_dataset(Dataset(pa.table(columns)), max_length, "bfd_split", {"desc": "packing"})
 
 
@@ -138,6 +146,8 @@ def _label(packed: Dataset, train_all: bool, two_labels: bool) -> Dataset:
     }
     if two_labels:
         columns["ce_labels"] = labels(flat["trained"])
+    if "domain" in table.column_names:
+        columns["domain"] = table.column("domain").combine_chunks()
     return Dataset(pa.table(columns))
 
 
@@ -198,7 +208,7 @@ def _no_eval_message(data: DataConfig) -> str:
 
 @dataclass(frozen=True)
 class RowCollator:
-    """Pads rows to ``max_length``: ``input_ids``, ``labels``, ``position_ids`` (and ``ce_labels``), [B, T] int64.
+    """Pads rows to ``max_length``: ``input_ids``, ``labels``, ``position_ids`` and what else is there, [B, T] int64.
 
     Of the rows one after the other, ``trained`` [N] int64 says which tokens are followed by a trained one, and
     ``cu_seq_lens`` [documents + 1] int32 where each document begins; padding counts as one. Both are made here since
@@ -214,7 +224,7 @@ class RowCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {"input_ids": self._pad([row["input_ids"] for row in rows], self.pad_token_id)}
-        for name in ("labels", "ce_labels"):
+        for name in ("labels", "ce_labels", "domain"):
             if name in rows[0]:
                 batch[name] = self._pad([row[name] for row in rows], IGNORED)
         positions = [np.concatenate([np.arange(length) for length in row["seq_lengths"]]) for row in rows]

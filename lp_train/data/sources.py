@@ -67,11 +67,19 @@ class OpenSource:
     identity: frozenset[str]
     rows: Rows
     columns: dict[str, str]
+    files: list[str] = dataclasses.field(default_factory=list)  # of local rows at hand: the file of each
     keep: Callable[[bytes], bool] | None = None
 
     @property
     def streamed(self) -> bool:
         return isinstance(self.rows, datasets.IterableDataset)
+
+    def domain(self, number: int) -> str:
+        """What kind of text row ``number`` is: its file's name up to the first dot, or that of the data set."""
+        if self.files:
+            return self.files[number].partition(".")[0]
+        name = Path(self.source.path.removeprefix("builtin:")).name
+        return f"{name}:{self.source.name}" if self.source.name else name
 
     def only(self, keep: Callable[[bytes], bool]) -> "OpenSource":
         """This source without the documents whose key ``keep`` refuses."""
@@ -86,6 +94,14 @@ class OpenSource:
         if isinstance(self.rows, datasets.IterableDataset):
             return self._kept(self.rows.shuffle(seed=seed, buffer_size=1000))
         return self._kept(self.rows[number] for number in self.order(seed))
+
+    def in_domains(self, seed: int) -> Iterator[tuple[str, Document]]:
+        """:meth:`shuffled`, each document with its :meth:`domain`."""
+        if self.streamed:
+            yield from ((self.domain(0), document) for document in self.shuffled(seed))
+        else:
+            for number in self.order(seed):
+                yield from ((self.domain(number), document) for document in self.numbered(number))
 
     def numbered(self, number: int) -> Iterator[Document]:
         """The document of row ``number`` if it belongs to this view, else nothing."""
@@ -106,26 +122,27 @@ def open_source(source: Source, role: Role, cache_dir: Path | None = None) -> Op
     """
     label = f"data.{role} {source.path}"
     try:
-        identity, rows = _rows(source, role, cache_dir)
+        identity, rows, files = _rows(source, role, cache_dir)
         first = next(iter(rows), None)
         if first is None:
             raise UserError(f"{source.path}: no rows; check the split ({source.split}) and the revision")
     except UserError as error:
         raise UserError(f"data.{role} {error}") from None
-    return OpenSource(source, label, identity, rows, _find_columns(source, list(first), label))
+    return OpenSource(source, label, identity, rows, _find_columns(source, list(first), label), files)
 
 
-def _rows(source: Source, role: Role, cache_dir: Path | None) -> tuple[frozenset[str], Rows]:
+def _rows(source: Source, role: Role, cache_dir: Path | None) -> tuple[frozenset[str], Rows, list[str]]:
     if source.path == PYDOCS:
-        return frozenset(), load_pydocs(role, cache_dir)
+        return frozenset(), load_pydocs(role, cache_dir), []
     if not is_local(source.path):
-        return frozenset([f"{source.path}:{source.name}:{source.split}"]), _load_from_hub(source)
+        return frozenset([f"{source.path}:{source.name}:{source.split}"]), _load_from_hub(source), []
     files = find_files(source.path)
     identity = frozenset(str(file.resolve()) for file in files)
     if source.streaming:
         # The list of files is read as a list of shards, which are then shuffled too.
-        return identity, datasets.IterableDataset.from_generator(read_rows, gen_kwargs={"files": files})
-    return identity, list(read_rows(files))
+        return identity, datasets.IterableDataset.from_generator(read_rows, gen_kwargs={"files": files}), []
+    rows = [(row, file.name) for file in files for row in read_rows([file])]
+    return identity, [row for row, _ in rows], [name for _, name in rows]
 
 
 def _load_from_hub(source: Source) -> datasets.Dataset | datasets.IterableDataset:

@@ -8,7 +8,7 @@ or TRL has them, else from rendering the conversation up to each turn.
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jinja2 import TemplateError
@@ -19,6 +19,7 @@ from trl.data_utils import common_prefix_length
 from lp_train.data.sources import Document
 from lp_train.errors import UserError
 
+T = TypeVar("T")
 # Large enough for the tokenizer's threads, small enough that little is tokenised past the last document needed.
 _BATCH_CHARACTERS = 200_000
 _BATCH_DOCUMENTS = 256
@@ -62,9 +63,9 @@ class Encoder:
         if tokenizer.chat_template is not None:
             self._marked_template = _template_with_marks(tokenizer)
 
-    def encode_stream(self, documents: Iterable[tuple[int, Document]]) -> Iterator[tuple[int, Tokens]]:
-        """Tokenises lazily, a batch at a time; the number beside each document is passed on."""
-        batch: list[tuple[int, Document]] = []
+    def encode_stream(self, documents: Iterable[tuple[T, Document]]) -> Iterator[tuple[T, Tokens]]:
+        """Tokenises lazily, a batch at a time; what stands beside each document is passed on."""
+        batch: list[tuple[T, Document]] = []
         characters = 0
         for number, document in documents:
             batch.append((number, document))
@@ -74,9 +75,9 @@ class Encoder:
                 batch, characters = [], 0
         yield from self._encode_batch(batch)
 
-    def _encode_batch(self, batch: list[tuple[int, Document]]) -> Iterator[tuple[int, Tokens]]:
-        for (number, _), tokens in zip(batch, self.encode([d for _, d in batch]), strict=True):
-            yield number, tokens if self.max_length is None else tokens.cut(self.max_length)
+    def _encode_batch(self, batch: list[tuple[T, Document]]) -> Iterator[tuple[T, Tokens]]:
+        for (beside, _), tokens in zip(batch, self.encode([d for _, d in batch]), strict=True):
+            yield beside, tokens if self.max_length is None else tokens.cut(self.max_length)
 
     def encode(self, documents: list[Document]) -> list[Tokens]:
         """Tokens of each document, in the same order, at full length.

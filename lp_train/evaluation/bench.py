@@ -15,7 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from lp_train.config import Config
 from lp_train.data import Data
 from lp_train.evaluation.answers import answer
+from lp_train.evaluation.drift import drift
 from lp_train.evaluation.fidelity import Fidelity, Variant, measure
+from lp_train.evaluation.generation import Answers, answer_all, prompts_of
+from lp_train.pairing import sequential
+
+DRIFT_ROWS = 32  # a mean over so many tokens hardly moves
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,36 @@ class Bench:
         """The original (``sequential``) and each variant on the run's held-out rows; all processes take part."""
         size, state = self.config.evaluate.batch_size, self.state
         return measure(
-            model, self.data.eval, self.collate, size, variants, self.autocast, state.process_index, state.num_processes
+            model,
+            self.data.eval,
+            self.collate,
+            size,
+            variants,
+            self.autocast,
+            state.process_index,
+            state.num_processes,
+            len(self.data.domains),
         )
+
+    def drift(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, list[float]]:
+        """After each pair, on the first ``DRIFT_ROWS`` held-out rows; all processes take part."""
+        rows, state, size = self.data.eval, self.state, self.config.evaluate.batch_size
+        mine = range(state.process_index, min(len(rows), DRIFT_ROWS), state.num_processes)
+        batches = (self.collate([rows[i] for i in mine[start : start + size]]) for start in range(0, len(mine), size))
+        on_device = ({name: tensor.to(state.device) for name, tensor in batch.items()} for batch in batches)
+        return drift(model, on_device, variants, self.autocast)
+
+    def generate(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, variants: Mapping[str, Variant]
+    ) -> dict[str, Answers]:
+        """Greedy answers to the beginnings of held-out documents, of the original (``sequential``) and each variant."""
+        options, state = self.config.evaluate, self.state
+        prompts = prompts_of(self.data.eval, options.generation_prompts)
+        if not len(prompts):
+            return {}
+        given = {"sequential": sequential, **variants}
+        where = (options.batch_size, self.autocast, state.process_index, state.num_processes)
+        return answer_all(model, tokenizer, prompts, options.generation_tokens, given, *where)
 
     def answers(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, variants: Mapping[str, Variant]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.distill.replay import run_original, run_suffix
 
 Variant = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
+FIRST_BUCKET, BUCKETS = 3, 16  # of positions: up to 15 tokens of context, then doubling
 
 
 def as_it_is(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -37,6 +39,7 @@ class Fidelity:
     nll_sums: np.ndarray
     kl_sums: np.ndarray
     agreements: np.ndarray
+    cells: np.ndarray  # [domains, buckets, 4]: the same sums by the document's domain and by position in it
 
     @property
     def nll(self) -> float:
@@ -51,6 +54,29 @@ class Fidelity:
     def as_dict(self) -> dict[str, float]:
         agreement = float(self.agreements.sum() / self.tokens.sum())
         return {"nll": self.nll, "ppl": math.exp(min(self.nll, 700)), "kl": self.kl, "top1_agreement": agreement}
+
+
+def by_position(figures: Mapping[str, Fidelity]) -> dict[str, Any]:
+    """The figures of each model over how many tokens of the document come before the one that is predicted."""
+    edges = [1, *(2 ** (i + FIRST_BUCKET) for i in range(1, BUCKETS)), None]
+    spans = [{"from": low, "to": high - 1 if high else None} for low, high in itertools.pairwise(edges)]
+    return {"unit": "tokens of context", "buckets": _sections(spans, {m: f.cells.sum(0) for m, f in figures.items()})}
+
+
+def by_domain(figures: Mapping[str, Fidelity], domains: Sequence[str]) -> dict[str, Any]:
+    """The figures of each model over the sources of the held-out text."""
+    names = [{"domain": name} for name in domains]
+    return {"domains": _sections(names, {m: f.cells.sum(1) for m, f in figures.items()})}
+
+
+def _sections(heads: Sequence[dict[str, Any]], sums: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    sections = []
+    for i, head in enumerate(heads):
+        if tokens := next(iter(sums.values()))[i, 0]:
+            means = {model: (of_model[i, 1:] / tokens).tolist() for model, of_model in sums.items()}
+            models = {m: dict(zip(("nll", "kl", "top1_agreement"), mean, strict=True)) for m, mean in means.items()}
+            sections.append({**head, "tokens": int(tokens), "models": models})
+    return sections
 
 
 def standard_error(sums: np.ndarray, tokens: np.ndarray) -> float:
@@ -71,6 +97,7 @@ def measure(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     rank: int = 0,
     world_size: int = 1,
+    domains: int = 1,
 ) -> dict[str, Fidelity]:
     """Runs the original once and each variant from the first pair on; returns their figures and ``sequential``'s.
 
@@ -79,48 +106,67 @@ def measure(
     """
     was_training, where = model.training, next(model.parameters()).device
     model.eval()
+    names = ("sequential", *variants)
     head, mine = Head.of(model), list(range(rank, len(rows), world_size))
     found: list[tuple[int, dict[str, list[float]]]] = []
+    cells = {name: torch.zeros(domains * BUCKETS, 4, dtype=torch.float64, device=where) for name in names}
     starts = range(0, len(mine), batch_size)
     for start in tqdm(starts, desc="measuring", disable=rank > 0 or len(starts) < 4, leave=False):
         indices = mine[start : start + batch_size]
         batch = {name: tensor.to(where) for name, tensor in collate([rows[i] for i in indices]).items()}
+        trained = batch["labels"][:, 1:] != IGNORED
+        row_of = trained.nonzero()[:, 0]
+        cell_of = _cells(batch)[trained]
         with autocast():
-            sums = _batch_sums(model, batch, head, variants)
+            figures = _figures(model, batch, trained, head, variants)
+        for name, values in figures.items():
+            cells[name].index_add_(0, cell_of, values)
+        sums = {
+            name: values.new_zeros(len(indices), 4).index_add_(0, row_of, values) for name, values in figures.items()
+        }
         for row, index in enumerate(indices):
             found.append((index, {name: values[row].tolist() for name, values in sums.items()}))
     model.train(was_training)
     everything = sorted(gather_object(found), key=lambda item: item[0])
-    return {name: _stack([values[name] for _, values in everything]) for name in ("sequential", *variants)}
+    return {
+        name: _gathered([values[name] for _, values in everything], cells[name].view(domains, BUCKETS, 4))
+        for name in names
+    }
 
 
-def _stack(rows: list[list[float]]) -> Fidelity:
-    return Fidelity(*np.array(rows, dtype=np.float64).T)
+def _gathered(rows: list[list[float]], cells: Tensor) -> Fidelity:
+    tokens, nll, kl, agreements = np.array(rows, dtype=np.float64).T
+    return Fidelity(tokens, nll, kl, agreements, reduce(cells, "sum").cpu().numpy())
 
 
-def _batch_sums(
-    model: nn.Module, batch: dict[str, Tensor], head: Head, variants: Mapping[str, Variant]
+def _cells(batch: dict[str, Tensor]) -> Tensor:
+    """[B, T - 1]: the place of each predicted token among domains x buckets."""
+    context = batch["position_ids"][:, 1:].clamp(min=1)
+    buckets = (context.double().log2().floor().long() - FIRST_BUCKET).clamp(0, BUCKETS - 1)
+    return buckets + BUCKETS * batch["domain"][:, 1:].clamp(min=0) if "domain" in batch else buckets
+
+
+def _figures(
+    model: nn.Module, batch: dict[str, Tensor], trained: Tensor, head: Head, variants: Mapping[str, Variant]
 ) -> dict[str, Tensor]:
-    """For the original and each variant: [B, 4] of tokens, NLL, KL and agreements, summed over each row."""
+    """For the original and each variant: [N, 4] of 1, NLL, KL and agreement of each token that ``trained`` names."""
     recording = run_original(model, batch)
     assert recording.final is not None
     hidden = {"sequential": recording.final}
     for name, variant in variants.items():
         with variant(model):
             hidden[name], _ = run_suffix(model, recording)
-    trained = batch["labels"][:, 1:] != IGNORED
-    row_of = trained.nonzero()[:, 0]
     labels = batch["labels"][:, 1:][trained]
     flat = {name: states[:, :-1][trained] for name, states in hidden.items()}
-    sums = {name: torch.zeros(len(trained), 4, dtype=torch.float64, device=labels.device) for name in hidden}
+    figures = {name: torch.empty(len(labels), 4, dtype=torch.float64, device=labels.device) for name in hidden}
     rows = rows_per_chunk(labels.device)
     for start in range(0, len(labels), rows):
         part = slice(start, start + rows)
         original = F.log_softmax(head.logits(flat["sequential"][part]), -1)
         for name, states in flat.items():
             ours = original if name == "sequential" else F.log_softmax(head.logits(states[part]), -1)
-            sums[name].index_add_(0, row_of[part], _token_figures(original, ours, labels[part]))
-    return sums
+            figures[name][part] = _token_figures(original, ours, labels[part])
+    return figures
 
 
 def _token_figures(original: Tensor, ours: Tensor, labels: Tensor) -> Tensor:

@@ -25,9 +25,11 @@ from lp_train import models
 from lp_train.config import Config
 from lp_train.data import RowCollator, build_data
 from lp_train.errors import UserError
+from lp_train.evaluation import generation
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
-from lp_train.evaluation.fidelity import Fidelity, Variant, as_it_is
+from lp_train.evaluation.fidelity import Fidelity, Variant, as_it_is, by_domain, by_position
+from lp_train.evaluation.generation import Answers
 from lp_train.evaluation.statistics import Comparison, compare, mean_of
 from lp_train.evaluation.tasks import Items, Suite, is_perplexity, load_suite
 from lp_train.pairing import PairPlan, keep_originals, pair_layers, sequential, unpair_layers
@@ -44,10 +46,18 @@ class Measured:
     fidelity: dict[str, Fidelity] = field(default_factory=dict)
     items: dict[str, dict[str, Items]] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)  # of the tasks: tokens, seconds
+    drift: dict[str, list[float]] = field(default_factory=dict)
+    generation: dict[str, Answers] = field(default_factory=dict)
 
     def __or__(self, other: Measured) -> Measured:
         timing = {k: self.timing.get(k, 0) + other.timing.get(k, 0) for k in self.timing | other.timing}
-        return Measured(self.fidelity | other.fidelity, self.items | other.items, timing)
+        return Measured(
+            self.fidelity | other.fidelity,
+            self.items | other.items,
+            timing,
+            self.drift | other.drift,
+            self.generation | other.generation,
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,9 @@ def _measure(session: Session, model: nn.Module, variants: Mapping[str, Variant]
     """All kinds of measurement of some variants of one model. Fidelity measures the original itself each time."""
     bench, limit = session.bench, session.config.evaluate.task_batch_size
     others = {name: variant for name, variant in variants.items() if name != "sequential"}
-    measured = Measured(fidelity=bench.measure(model, others))
+    measured = Measured(fidelity=bench.measure(model, others), drift=bench.drift(model, others))
+    if session.config.evaluate.generation_prompts:
+        measured.generation = bench.generate(model, session.tokenizer, others)
     if session.suite.tasks:
         measured.items, measured.timing = session.suite.run(
             model, session.tokenizer, variants, bench.dtype, bench.state, limit
@@ -173,14 +185,30 @@ def _document(session: Session, name: str, plan: PairPlan, algebra: str, runs: S
         "seeds": len(runs),
         "evaluate": dataclasses.asdict(session.config.evaluate),
         "fidelity": {m: {k: float(np.mean([f[k] for f in of_m])) for k in of_m[0]} for m, of_m in figures.items()},
+        "fidelity_by_position": by_position(first.fidelity),
+        "fidelity_by_domain": by_domain(first.fidelity, session.bench.data.domains),
+        "drift": {"pairs": _drift(plan, runs)},
         "gap": reports.gap(first.fidelity["sequential"], first.fidelity["paired"]),
         "environment": reports.environment(session.bench.state.device),
         "task_timing": first.timing,
     }
+    if first.generation:
+        document["generation"] = generation.describe(
+            first.generation, generation.PROMPT_TOKENS, session.config.evaluate.generation_tokens
+        )
     if "recovered" in first.fidelity and len(runs) == 1:
         document["recovery"] = reports.recovery(*(first.fidelity[m] for m in ("sequential", "paired", "recovered")))
     items = list(_item_lines(session.suite, first)) if len(runs) == 1 else []
     return document | task_sections(session.suite, runs) | {"items": items}
+
+
+def _drift(plan: PairPlan, runs: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Of each pair the relative error of the residual stream after it, for each model; of seeds the mean."""
+    of_model = {model: np.mean([run.drift[model] for run in runs], axis=0) for model in runs[0].drift}
+    return [
+        {"pair": list(pair), **{model: float(errors[i]) for model, errors in of_model.items()}}
+        for i, pair in enumerate(plan.pairs)
+    ]
 
 
 def task_sections(suite: Suite, runs: Sequence[Measured]) -> dict[str, Any]:
