@@ -52,6 +52,7 @@ from lp_train.errors import UserError
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
+from lp_train.evaluation.runs import write_card
 from lp_train.pairing import PairPlan, adapters_off, in_order, keep_originals, pair_layers, sequential
 from lp_train.pairing.families import check_family, decoder_of
 from lp_train.run_folder import checkpoint_to_resume, open_run_folder
@@ -207,11 +208,11 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
         report["control"] = train_control(config, plan, args, bench, tokenizer).as_dict()
     if state.is_main_process:
         write_report(config, folder, report, trainer)
-        track.finish(report)
+        track.finish(report, folder)
     say(f"\n{reports.table(report)}\n\n{reports.sentence(report)}\n")
     if answers:
         say(reports.answers(answers) + "\n")
-    say(f"report {folder}/report.md, plot {folder}/plots/recovery.png, weights {result_folder(config, folder)}/")
+    say(f"report {folder}/report.md and report.html, plots {folder}/plots/, weights {result_folder(config, folder)}/")
     return report
 
 
@@ -372,10 +373,9 @@ def make_report(
 
 
 def write_report(config: Config, folder: Path, report: dict[str, Any], trainer: PairedTrainer) -> None:
-    """The report and the plot, and the card beside the weights."""
+    """The report and its plots, and the card beside the weights."""
     reports.write_report(folder, report, trainer.state.log_history, config.train["global_batch_tokens"])
-    card = reports.model_card(report, config.model.name_or_path)
-    (result_folder(config, folder) / "README.md").write_text(card)
+    write_card(folder, report, config.model.name_or_path)
 
 
 def result_folder(config: Config, folder: Path) -> Path:

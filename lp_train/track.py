@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 
 from lp_train.config import TrackConfig
 from lp_train.errors import UserError
+from lp_train.evaluation.report import fidelity_table
 
 HOST = "https://api.wandb.ai"
 
@@ -45,8 +46,9 @@ def start(config: TrackConfig, folder: Path, run_name: str) -> str:
     return "wandb"
 
 
-def finish(report: dict[str, Any]) -> None:
-    """Puts the report's figures into the run's summary and closes it. Does nothing without a run."""
+def finish(report: dict[str, Any], folder: Path) -> None:
+    """Puts the report's figures, its table and the plots of the run folder into W&B's run, and closes it. Does nothing
+    without a run."""
     if importlib.util.find_spec("wandb") is None:
         return
     import wandb
@@ -56,6 +58,10 @@ def finish(report: dict[str, Any]) -> None:
     for name in ("sequential", "paired", "recovered", "recovery", "train"):
         for key, value in report[name].items():
             wandb.run.summary[f"{name}/{key}"] = value
+    table = fidelity_table([report])
+    shown = {"report": wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])}
+    shown |= {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))}
+    wandb.log(shown)
     wandb.finish()
 
 

@@ -31,7 +31,10 @@ from accelerate import PartialState
 from lp_train import models
 from lp_train.config import load_config
 from lp_train.errors import UserError
-from lp_train.evaluation.run import evaluate, table, write
+from lp_train.evaluation import page
+from lp_train.evaluation.report import fidelity_table, task_table
+from lp_train.evaluation.run import evaluate, write
+from lp_train.evaluation.runs import refresh
 from lp_train.finetune import check_engine, quieten_libraries, use_all_cores
 
 
@@ -71,8 +74,12 @@ def run(options: argparse.Namespace) -> None:
     if state.is_main_process:
         for document, folder in zip(documents, [*folders, output], strict=False):
             write(folder, document)
+            refresh(folder)
+        tables = [fidelity_table(documents)] + [task_table(documents)] * bool(documents[0]["tasks"])
         print(
-            f"\n{table(documents)}\n\nwritten: "
+            "\n"
+            + "\n\n".join(map(page.table, tables))
+            + "\n\nwritten: "
             + ", ".join(f"{folder}/evaluation.json" for _, folder in zip(documents, [*folders, output], strict=False))
         )
     state.wait_for_everyone()

@@ -266,58 +266,10 @@ def write(folder: Path, document: dict[str, Any]) -> None:
     """``evaluation.json`` and, item by item, ``items.jsonl.gz`` in the folder; each whole or not there."""
     folder.mkdir(parents=True, exist_ok=True)
     items = "".join(json.dumps(line, default=float) + "\n" for line in document["items"])
-    text = json.dumps(reports._finite({k: v for k, v in document.items() if k != "items"}), indent=2) + "\n"
+    text = reports.as_json({k: v for k, v in document.items() if k != "items"})
     for name, content in (
         ("items.jsonl.gz", gzip.compress(items.encode(), mtime=0)),
         ("evaluation.json", text.encode()),
     ):
         (temporary := folder / f".{name}").write_bytes(content)
         temporary.rename(folder / name)
-
-
-def table(documents: Sequence[Mapping[str, Any]]) -> str:
-    """The figures of all documents side by side as Markdown: fidelity, then tasks and groups in per cent.
-
-    A difference to the original stands in brackets with its standard error; "n.s." where it is inside its error.
-    """
-    rows = ["| model | depth | NLL | perplexity | KL | top-1 agreement |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    columns = [("original", documents[0], "sequential", documents[0]["plan"]["num_layers"])]
-    for document in documents:
-        for model in ("paired", "recovered"):
-            if model in document["fidelity"]:
-                columns.append((f"{document['name']}: {model}", document, model, document["effective_depth"]))
-    for title, document, model, depth in columns:
-        f = document["fidelity"][model]
-        rows.append(
-            f"| {title} | {depth} | {f['nll']:.4f} | {f['ppl']:.2f} | {f['kl']:.4f} | {f['top1_agreement']:.1%} |"
-        )
-    if not documents[0]["tasks"]:
-        return "\n".join(rows)
-    rows += ["", "| task | items | shots | " + " | ".join(title for title, *_ in columns) + " |"]
-    rows.append("| --- | ---: | ---: " + "| ---: " * len(columns) + "|")
-    for task, found in documents[0]["tasks"].items():
-        cells = [_cell(document["tasks"][task], model) for _, document, model, _ in columns]
-        metric = f"{task} ({found['metric']})"
-        rows.append(f"| {metric} | {found['items']:,} | {found['num_fewshot']} | {' | '.join(cells)} |")
-    for group in documents[0]["groups"]:
-        cells = [_cell(document["groups"][group], model) for _, document, model, _ in columns]
-        rows.append(f"| **{group}** (mean) | | | {' | '.join(cells)} |")
-    return "\n".join(rows)
-
-
-def _cell(found: Mapping[str, Any], model: str) -> str:
-    """``36.5 (-4.6 ± 0.9), 89 %``: a figure, its difference to the original, and how much of the original it keeps."""
-    if found.get("unit") == "nats":
-        figure = f"{found['results'][model][found['metric']]:.2f}"
-    elif model == "sequential":
-        return f"{100 * next(iter(found['comparisons'].values()))['original']:.1f}"
-    else:
-        figure = f"{100 * found['comparisons'][model]['other']:.1f}"
-    if model == "sequential":
-        return figure
-    c = found["comparisons"][model]
-    scale, digits, unit = (1, 3, " nats") if found.get("unit") == "nats" else (100, 1, "")
-    inside = "" if c["differs"] else ", n.s."
-    kept = "" if c["retained"] is None else f", {c['retained']:.1f} %"
-    difference = f"{scale * c['difference']:+.{digits}f} ± {scale * c['standard_error']:.{digits}f}{unit}"
-    return f"{figure} ({difference}{inside}){kept}"

@@ -1,0 +1,49 @@
+"""The report of a run, made again from what lies in its folder; of several runs, what sets them apart.
+
+    python scripts/report.py runs/demo
+    python scripts/report.py runs/depth25 runs/depth22 runs/depth19 --out runs/compared
+
+For one run: report.md, report.html and plots/ in its folder, and the card beside its weights, with the tasks that
+scripts/evaluate_run.py has measured since. For several: a table of all and accuracy against effective depth, in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from lp_train.errors import UserError
+from lp_train.evaluation.runs import compare_runs, refresh
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, writes, and returns the exit code: 2 for a mistake of the user, told in one line."""
+    parser = argparse.ArgumentParser(
+        prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a folder with report.json or evaluation.json"
+    )
+    parser.add_argument("--out", type=Path, help="where the comparison of several runs goes")
+    options = parser.parse_args(arguments)
+    try:
+        if len(options.runs) > 1 and options.out is None:
+            raise UserError("several runs: their comparison needs a folder; add --out FOLDER")
+        for folder in options.runs:
+            refresh(folder)
+        if len(options.runs) > 1:
+            print(compare_runs(options.runs, options.out))
+        print(f"written: {options.out or options.runs[0]}/report.md, report.html, plots/")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
