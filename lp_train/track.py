@@ -59,7 +59,7 @@ def finish(report: dict[str, Any], folder: Path) -> None:
         for key, value in report[name].items():
             wandb.run.summary[f"{name}/{key}"] = value
     table = fidelity_table([report])
-    shown = {"report": wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])}
+    shown: dict[str, Any] = {"report": wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])}
     shown |= {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))}
     wandb.log(shown)
     wandb.finish()

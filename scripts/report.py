@@ -26,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a folder with report.json or evaluation.json"
-    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="where the comparison of several runs goes")
     options = parser.parse_args(arguments)
     try:

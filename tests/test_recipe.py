@@ -60,12 +60,17 @@ def losses(folder: Path) -> list[float]:
 
 def test_the_run_folder_holds_what_it_promises(plain: Path) -> None:
     names = {"adapter", "checkpoint-2", "checkpoint-4", "metrics.jsonl", "plots"}
-    assert {path.name for path in plain.iterdir()} == names | {"report.json", "report.md", "resolved_config.yaml"}
+    assert {path.name for path in plain.iterdir()} == names | {
+        "report.json",
+        "report.md",
+        "report.html",
+        "resolved_config.yaml",
+    }
     weights = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     tokenizer = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in (plain / "adapter").iterdir()} == weights | tokenizer
-    assert [path.name for path in (plain / "plots").iterdir()] == ["recovery.png"]
-    assert (plain / "plots" / "recovery.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert {path.name for path in (plain / "plots").iterdir()} == {"model.png", "recovery.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for path in (plain / "plots").iterdir())
 
 
 FIGURES = {"nll", "ppl", "kl", "top1_agreement"}
@@ -105,6 +110,8 @@ def test_the_card_says_what_the_adapter_is_for(plain: Path) -> None:
     assert "Trained for the paired graph" in card and "2+3, 4+5" in card and "lp_train.load" in card
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "peft" and head["base_model"].endswith("/model")
+    (results,) = head["model-index"][0]["results"]
+    assert {m["type"]: m["value"] for m in results["metrics"]}["kl_divergence"] == report_of(plain)["recovered"]["kl"]
 
 
 def test_the_resolved_configuration_is_the_run(plain: Path, run: Run) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lp_train.evaluation.page import Plot
 
@@ -30,7 +31,7 @@ def _theme(page: str, ink: str, line: str, colours: Sequence[str]) -> dict[str, 
         **dict.fromkeys(inks, ink),
         **dict.fromkeys(pages, page),
         **dict.fromkeys(("axes.edgecolor", "grid.color"), line),
-        "axes.prop_cycle": matplotlib.cycler(color=colours),
+        "axes.prop_cycle": cycler(color=colours),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlesize": 10,
@@ -47,7 +48,7 @@ def plot(folder: Path, name: str, alt: str, draw: Callable[[], Figure]) -> Plot:
     """Draws ``plots/NAME.png`` in ``folder``, whole or not at all, and once more for dark pages."""
     drawn = []
     for theme in (LIGHT, DARK):
-        with matplotlib.rc_context(theme):
+        with matplotlib.rc_context(dict[Any, Any](theme)):
             draw().savefig(buffer := io.BytesIO(), dpi=160)
             drawn.append(buffer.getvalue())
     (folder / "plots").mkdir(parents=True, exist_ok=True)
@@ -67,37 +68,28 @@ def _panels(number: int, height: float, **options: Any) -> tuple[Figure, list[Ax
 
 def model_picture(plan: Mapping[str, Any]) -> Figure:
     """The layers in the order they run, pairs side by side; the text is read line by line, as the model runs."""
-    second = {k: l for k, l in plan["pairs"]}
+    second = {first: other for first, other in plan["pairs"]}
     steps = [[k, second[k]] if k in second else [k] for k in range(plan["num_layers"]) if k not in second.values()]
     lines = [steps[i : i + STEPS_PER_LINE] for i in range(0, len(steps), STEPS_PER_LINE)]
     figure = Figure(figsize=(WIDTH, 0.75 * len(lines) + 0.35), layout="constrained")
-    axis = figure.subplots()
+    axis, edge = figure.subplots(), matplotlib.rcParams["axes.edgecolor"]
     for row, line in enumerate(lines):
         y = -2.9 * row
-        axis.annotate(
-            "",
-            (len(line) + 0.25, y),
-            (-0.45, y),
-            arrowprops={"arrowstyle": "->", "color": matplotlib.rcParams["axes.edgecolor"]},
-        )
+        axis.annotate("", (len(line) + 0.25, y), (-0.45, y), arrowprops={"arrowstyle": "->", "color": edge})
         for x, layers in enumerate(line):
             for layer, offset in zip(layers, (0.58, -0.58) if len(layers) > 1 else (0.0,), strict=True):
-                colour = RECOVERED if len(layers) > 1 else ORIGINAL
-                box = {"boxstyle": "round,pad=0.02,rounding_size=0.12", "facecolor": colour, "edgecolor": "none"}
-                axis.add_patch(FancyBboxPatch((x + 0.08, y + offset - 0.46), 0.74, 0.92, **box))
-                axis.text(
-                    x + 0.45,
-                    y + offset,
-                    str(layer),
-                    ha="center",
-                    va="center",
-                    color=matplotlib.rcParams["axes.facecolor"],
-                    fontsize=9,
-                )
+                _layer_box(axis, x, y + offset, str(layer), RECOVERED if len(layers) > 1 else ORIGINAL)
     axis.set(xlim=(-0.5, STEPS_PER_LINE + 0.3), ylim=(-2.9 * (len(lines) - 1) - 1.25, 1.25))
     axis.axis("off")
     axis.set_title(f"{plan['num_layers']} layers in {len(steps)} steps: {len(second)} pairs run side by side")
     return figure
+
+
+def _layer_box(axis: Axes, x: float, y: float, text: str, colour: str) -> None:
+    box: dict[str, Any] = {"boxstyle": "round,pad=0.02,rounding_size=0.12", "facecolor": colour, "edgecolor": "none"}
+    axis.add_patch(FancyBboxPatch((x + 0.08, y - 0.46), 0.74, 0.92, **box))
+    ink = matplotlib.rcParams["axes.facecolor"]
+    axis.text(x + 0.45, y, text, ha="center", va="center", color=ink, fontsize=9)
 
 
 def evaluations(history: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
@@ -167,7 +159,8 @@ def domains(rows: Sequence[Mapping[str, Any]]) -> Figure:
     for offset, model in ((-0.2, "paired"), (0.2, "recovered")):
         bars = [(i + offset, row["models"][model]["kl"]) for i, row in enumerate(rows) if model in row["models"]]
         if bars:
-            axis.barh(*zip(*bars, strict=True), height=0.38, color=STYLES[model][0], label=NAMES[model])
+            places, values = zip(*bars, strict=True)
+            axis.barh(places, values, height=0.38, color=STYLES[model][0], label=NAMES[model])
     axis.set_yticks(range(len(rows)), [row["domain"] for row in rows])
     axis.invert_yaxis()
     axis.set(xlabel="nats per token", title="KL to the original by domain")
@@ -185,7 +178,7 @@ def tasks(found: Mapping[str, Mapping[str, Any]]) -> Figure:
         middle = [100 * c["difference"] for _, c in rows]
         ends = [[100 * abs(c["interval"][end] - c["difference"]) for _, c in rows] for end in (0, 1)]
         colour, marker = STYLES[model]
-        options = {"color": colour, "fmt": marker, "capsize": 3, "label": NAMES[model]}
+        options: dict[str, Any] = {"color": colour, "fmt": marker, "capsize": 3, "label": NAMES[model]}
         axis.errorbar(middle, [i + offset for i, _ in rows], xerr=ends, **options)
     axis.axvline(0, color=ORIGINAL, linestyle=":", label=NAMES["sequential"])
     axis.set_yticks(range(len(found)), list(found))
@@ -202,9 +195,15 @@ def by_depth(rows: Sequence[Mapping[str, Any]], label: str) -> Figure:
         points = sorted((row["depth"], row["value"], row["error"]) for row in rows if row["model"] == model)
         if points:
             depth, value, error = zip(*points, strict=True)
-            style = {"color": colour, "marker": marker, "linestyle": "none", "capsize": 3, "label": NAMES[model]}
+            style: dict[str, Any] = {
+                "color": colour,
+                "marker": marker,
+                "linestyle": "none",
+                "capsize": 3,
+                "label": NAMES[model],
+            }
             axis.errorbar(depth, value, yerr=error if any(error) else None, **style)
     axis.set(xlabel="effective depth, layers", ylabel=label)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     return figure

@@ -160,7 +160,7 @@ def generation_table(generation: Mapping[str, Any]) -> Table:
     return Table(columns, rows)
 
 
-def sentence(report: dict[str, Any]) -> str:
+def sentence(report: Mapping[str, Any]) -> str:
     """The result in words."""
     train, layers, depth = report["train"], report["plan"]["num_layers"], report["effective_depth"]
     text = (
@@ -254,18 +254,16 @@ def evaluation_sections(folder: Path, found: Mapping[str, Any]) -> Iterator[Sect
         yield "Drift by layer", [figure("drift", "drift by layer", lambda: plots.drift(found["drift"]["pairs"]))]
     if found.get("fidelity_by_position"):
         section = found["fidelity_by_position"]
-        drawn = figure("position", "fidelity by position", lambda: plots.positions(section["buckets"], section["unit"]))
-        yield "By position in the document", [drawn]
+        curve = figure("position", "fidelity by position", lambda: plots.positions(section["buckets"], section["unit"]))
+        yield "By position in the document", [curve]
     if found.get("fidelity_by_domain"):
         domains = found["fidelity_by_domain"]["domains"]
-        drawn = figure("domain", "KL by domain", lambda: plots.domains(domains))
-        yield "By domain", [_domain_table(domains), drawn]
+        bars = figure("domain", "KL by domain", lambda: plots.domains(domains))
+        yield "By domain", [_domain_table(domains), bars]
     if found.get("generation"):
         g = found["generation"]
         note = f"Greedy answers of up to {g['new_tokens']} tokens to the first {g['prompt_tokens']} tokens of "
-        note += (
-            f"{g['prompts']} held-out documents. Tokens agreed: before the first difference to the original's answer."
-        )
+        note += f"{g['prompts']} held-out documents. Tokens agreed: those before the first difference to the original."
         yield "Greedy answers", [generation_table(g), note]
 
 
