@@ -29,7 +29,7 @@ from lp_train.pairing.families import decoder_of
 
 Request = tuple[Any, list[int], list[int]]  # unused, context, continuation
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}  # enough that a small model keeps the device busy
-ROWS_PER_GENERATION = {"cpu": 8, "cuda": 64}
+ROWS_PER_GENERATION = {"cpu": 8, "cuda": 256}
 REQUESTS_AT_A_TIME = 4096  # are encoded while the model works on those before
 
 
