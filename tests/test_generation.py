@@ -115,9 +115,9 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, tiny_tokenizer: Pre
 
 def described(original: list[list[int]], other: list[list[int]]) -> dict[str, float]:
     n = np.array([float(len(answer)) for answer in original])
-    along = Fidelity(n, n, 0.5 * n, n, np.zeros((1, BUCKETS, 4)))
+    along = Fidelity(n, n, 0.5 * n, n, np.zeros((1, BUCKETS, 4)), np.zeros(1))
     given_to = {"sequential": Answers(original, along), "recovered": Answers(other, along)}
-    return describe(given_to, 64, NEW)["models"]["recovered"]
+    return describe([given_to], NEW)["models"]["recovered"]
 
 
 def test_figures_of_two_answers() -> None:

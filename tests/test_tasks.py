@@ -140,8 +140,8 @@ def test_few_shot_examples_are_other_items_of_the_same_file(name: str, files: Pa
         assert len(parts) == 4
         shots = [next(t for t in texts if t in part) for part in parts[:3]]
         assert texts[i] not in shots and len(set(shots)) == 3
-    assert built.describe()["fewshot_source"] == "the evaluated file, without the item itself"
-    assert built.describe()["num_fewshot"] == 3
+    assert built.fewshot_source == "the evaluated file, without the item itself"
+    assert built.task.config.num_fewshot == 3
 
 
 def test_mmlu_takes_the_first_development_items_of_its_subject(files: Path) -> None:
@@ -152,7 +152,7 @@ def test_mmlu_takes_the_first_development_items_of_its_subject(files: Path) -> N
         asked = doc["subject"].replace(" ", "_")
         assert all(shot.startswith(f"{asked} dev") for shot in shots) and len(shots) == 2
         assert last.startswith(f"{asked} test")
-    assert built.describe()["fewshot_source"] == "development items of the item's subject"
+    assert built.fewshot_source == "development items of the item's subject"
 
 
 def test_groups(files: Path) -> None:

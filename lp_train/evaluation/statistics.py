@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
 
 from lp_train.evaluation.fidelity import standard_error
 
@@ -36,9 +36,6 @@ class Comparison:
     items: int
     seeds: int
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def compare(
     original: np.ndarray,
@@ -62,9 +59,11 @@ def compare(
     if not original.size or other.shape[1:] != original.shape or weights.shape != original.shape:
         raise ValueError(f"items of original {original.shape}, other {other.shape}, weights {weights.shape} differ")
     before, after = original.sum() / weights.sum(), other.sum(1) / weights.sum()
-    error = math.hypot(standard_error(other.mean(0) - original, weights), _error_of_mean(after))
+    over_seeds = float(stats.sem(after)) if len(other) > 1 else 0.0
+    error = math.hypot(standard_error(other.mean(0) - original, weights), over_seeds)
     low, high = _bootstrap(original, other, weights, seed)
-    p_value = mcnemar(original, other[0]) if len(other) == 1 and _is_binary(original, other) else None
+    binary = np.isin(original, (0, 1)).all() and np.isin(other, (0, 1)).all()
+    p_value = mcnemar(original, other[0]) if len(other) == 1 and binary else None
     return Comparison(
         original=float(before),
         other=float(after.mean()),
@@ -74,19 +73,10 @@ def compare(
         p_value=p_value,
         retained=None if chance is None else retained(before, after.mean()),
         retained_above_chance=None if chance is None else retained(before, after.mean(), chance),
-        differs=(low > 0 or high < 0) and (p_value is None or p_value < 1 - LEVEL),
+        differs=original.size > 1 and (low > 0 or high < 0) and (p_value is None or p_value < 1 - LEVEL),
         items=original.size,
         seeds=len(other),
     )
-
-
-def _error_of_mean(values: np.ndarray) -> float:
-    """Standard error of the mean of S values; 0 for a single one, which says nothing about it."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def _is_binary(*values: np.ndarray) -> bool:
-    return all(np.isin(v, (0, 1)).all() for v in values)
 
 
 def _bootstrap(original: np.ndarray, other: np.ndarray, weights: np.ndarray, seed: int) -> tuple[float, float]:
@@ -108,9 +98,7 @@ def mcnemar(original: np.ndarray, other: np.ndarray) -> float:
     """Two-sided exact p-value of right-or-wrong items [N]: of those on which the two models differ, as many are won
     as lost (McNemar 1947, with the binomial distribution in place of chi-squared)."""
     won, lost = int((other > original).sum()), int((other < original).sum())
-    n = won + lost
-    log_terms = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(won, lost) + 1)]
-    return min(1.0, 2 * sum(math.exp(term - n * math.log(2)) for term in log_terms))
+    return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
 def retained(original: float, other: float, chance: float = 0.0) -> float | None:
