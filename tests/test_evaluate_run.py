@@ -3,7 +3,6 @@
 import gzip
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def test_one_run(place: Path, run: Callable[..., str]) -> None:
     task = found["tasks"]["arc_easy_local"]
     assert (task["metric"], task["chance"], task["items"]) == ("acc", 0.25, 12)
     for model in ("paired", "recovered"):
-        expected = asdict(compare(right["sequential"], right[model], chance=0.25))
+        expected = compare(right["sequential"], right[model], chance=0.25).as_dict()
         assert task["comparisons"][model] == {**expected, "interval": list(expected["interval"])}
     over = task["comparisons"]["recovered_over_paired"]
     assert over["difference"] == pytest.approx(right["recovered"].mean() - right["paired"].mean())

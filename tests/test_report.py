@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +126,7 @@ def test_foreign_text_is_no_markup(tmp_path: Path) -> None:
     ],
 )
 def test_a_difference_inside_its_error_is_shown_as_such(original: list[int], other: list[int], cell: str) -> None:
-    comparison = asdict(compare(np.array(original), np.array(other), chance=0.25))
+    comparison = compare(np.array(original), np.array(other), chance=0.25).as_dict()
     task = {"items": len(other), "num_fewshot": 0, "metric": "acc", "chance": 0.25, "unit": "share"}
     document = {
         "plan": {"num_layers": 6},

@@ -17,9 +17,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lp_train.data.rows import IGNORED
 from lp_train.distill.losses import Head, rows_per_chunk
-from lp_train.distill.replay import Recording, run_original, run_suffix
+from lp_train.distill.replay import run_original, run_suffix
 from lp_train.pairing import plan_of
 
 Variant = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
@@ -132,7 +131,7 @@ def measure(
     """Runs the original once and each variant from the first pair on; returns their figures and ``sequential``'s.
 
     The rows are shared out over ``world_size`` processes and every process gets the whole result. Train mode and
-    random state of the model come back as they were.
+    random state come back as they were. The device is not waited for between batches.
     """
     names, where, pairs = ("sequential", *variants), next(model.parameters()).device, len(plan_of(model)[0].pairs)
     shapes = ((len(rows), 4), (domains * BUCKETS, 4), (pairs,))
@@ -141,15 +140,14 @@ def measure(
     with evaluating(model):
         for indices, counts in tqdm(batches, desc="measuring", disable=rank > 0 or len(batches) < 4, leave=False):
             batch = {name: tensor.to(where) for name, tensor in collate([rows[i] for i in indices]).items()}
-            trained = batch["labels"][:, 1:] != IGNORED
-            row_of, cell_of = trained.nonzero()[:, 0] + indices.start, _cells(batch)[trained]
+            row_of = batch["trained"] // batch["labels"].shape[1] + indices.start
             with autocast():
-                for name, (figures, drifts) in _figures(model, batch, trained, variants).items():
-                    of_rows, of_cells, of_pairs = sums[name]
-                    if counts:
-                        of_rows.index_add_(0, row_of, figures)
-                        of_cells.index_add_(0, cell_of, figures)
-                        of_pairs += drifts
+                figures, drifts = _figures(model, batch, variants)
+            for name in names if counts else ():
+                of_rows, of_cells, of_pairs = sums[name]
+                of_rows.index_add_(0, row_of, figures[name])
+                of_cells.index_add_(0, _cells(batch), figures[name])
+                of_pairs += drifts[name]
     return {name: _gathered(*reduce(of_model, "sum")) for name, of_model in sums.items()}
 
 
@@ -160,43 +158,43 @@ def _gathered(rows: Tensor, cells: Tensor, drifts: Tensor) -> Fidelity:
 
 
 def _cells(batch: dict[str, Tensor]) -> Tensor:
-    """[B, T - 1]: the place of each predicted token among domains x buckets."""
-    context = batch["position_ids"][:, 1:].clamp(min=1)
+    """[N]: the place of each predicted token among domains x buckets."""
+    predicted = batch["trained"] + 1
+    context = batch["position_ids"].flatten()[predicted].clamp(min=1)
     buckets = (context.double().log2().floor().long() - FIRST_BUCKET).clamp(0, BUCKETS - 1)
-    return buckets + BUCKETS * batch["domain"][:, 1:].clamp(min=0) if "domain" in batch else buckets
+    return buckets + BUCKETS * batch["domain"].flatten()[predicted].clamp(min=0) if "domain" in batch else buckets
 
 
 def _figures(
-    model: nn.Module, batch: dict[str, Tensor], trained: Tensor, variants: Mapping[str, Variant]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """For the original and each variant: [N, 4] of 1, NLL, KL and agreement of each token that ``trained`` names, and
-    [pairs], the sum over those tokens of the relative error of the stream that predicts them."""
-    recording, head = run_original(model, batch, keep_pair_outputs=True), Head.of(model)
-    hidden = {"sequential": recording.final}
-    drifts = {"sequential": torch.zeros(len(recording.pair_outputs), device=trained.device)}
+    model: nn.Module, batch: dict[str, Tensor], variants: Mapping[str, Variant]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the original and each variant [N, 4]: 1, NLL, KL and agreement of each of the batch's N predicted tokens; and
+    [pairs]: the relative error of the stream after each, summed over the tokens that predict them."""
+    recording, head, trained = run_original(model, batch, keep_pair_outputs=True), Head.of(model), batch["trained"]
+    originals = [states.flatten(0, 1)[trained] for _, states in sorted(recording.pair_outputs.items())]
+    hidden = {"sequential": recording.final.flatten(0, 1)[trained]}
+    drifts = {"sequential": torch.zeros(len(originals), device=trained.device)}
     for name, variant in variants.items():
         with variant(model):
-            hidden[name], outputs = run_suffix(model, recording)
-        drifts[name] = _drifts(recording, outputs, trained)
-    labels = batch["labels"][:, 1:][trained]
-    flat = {name: states[:, :-1][trained] for name, states in hidden.items()}
+            final, outputs = run_suffix(model, recording)
+        hidden[name] = final.flatten(0, 1)[trained]
+        ours = [states.flatten(0, 1)[trained] for _, states in sorted(outputs.items())]
+        drifts[name] = torch.stack([_relative_errors(*pair).sum() for pair in zip(ours, originals, strict=True)])
+    labels = batch["labels"].flatten()[trained + 1]
     figures = {name: torch.empty(len(labels), 4, dtype=torch.float64, device=labels.device) for name in hidden}
     rows = rows_per_chunk(labels.device)
     for start in range(0, len(labels), rows):
-        part = slice(start, start + rows)
-        original = F.log_softmax(head.logits(flat["sequential"][part]), -1)
-        for name, states in flat.items():
-            ours = original if name == "sequential" else F.log_softmax(head.logits(states[part]), -1)
-            figures[name][part] = _token_figures(original, ours, labels[part])
-    return {name: (figures[name], drifts[name]) for name in hidden}
+        chunk = slice(start, start + rows)
+        original = F.log_softmax(head.logits(hidden["sequential"][chunk]), -1)
+        for name, states in hidden.items():
+            this = original if name == "sequential" else F.log_softmax(head.logits(states[chunk]), -1)
+            figures[name][chunk] = _token_figures(original, this, labels[chunk])
+    return figures, drifts
 
 
-def _drifts(recording: Recording, outputs: dict[int, Tensor], trained: Tensor) -> Tensor:
-    found = []
-    for i, original in sorted(recording.pair_outputs.items()):
-        theirs, ours = (states[:, :-1][trained].float() for states in (original, outputs[i]))
-        found.append(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).sum())
-    return torch.stack(found)
+def _relative_errors(ours: Tensor, original: Tensor) -> Tensor:
+    """[N, D] twice -> [N]."""
+    return (ours.float() - original.float()).norm(dim=-1) / original.float().norm(dim=-1)
 
 
 def _token_figures(original: Tensor, ours: Tensor, labels: Tensor) -> Tensor:

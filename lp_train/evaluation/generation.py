@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lp_train.data.rows import IGNORED
+from lp_train.data.rows import IGNORED, RowCollator
 from lp_train.evaluation.fidelity import Fidelity, Variant, evaluating, measure, shared_out, standard_error
 
 PROMPT_TOKENS = 64
@@ -86,10 +86,13 @@ def answer_all(
                 made = generate(model, tokenizer, prompts[indices.start : indices.stop], new_tokens)
             found += zip(indices, made, strict=True) if counts else []
         tokens[name] = [answer for _, answer in sorted(gather_object(found))]
-    pad = int(tokenizer.pad_token_id or 0)
-    rows = [_row(prompt, answer, new_tokens, pad) for prompt, answer in zip(prompts, tokens["sequential"], strict=True)]
+    rows = []
+    for prompt, answer in zip(prompts.tolist(), tokens["sequential"], strict=True):
+        labels = [IGNORED] * len(prompt) + answer  # the answer is what is measured
+        rows.append({"input_ids": prompt + answer, "labels": labels, "seq_lengths": [len(labels)]})
+    collate = RowCollator(prompts.shape[1] + new_tokens, int(tokenizer.pad_token_id or 0))
     others = {name: variant for name, variant in variants.items() if name != "sequential"}
-    along = measure(model, rows, _stack, batch_size, others, autocast, rank, world_size)
+    along = measure(model, rows, collate, batch_size, others, autocast, rank, world_size)
     return {name: Answers(tokens[name], along[name]) for name in variants}
 
 
@@ -119,20 +122,6 @@ def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Tens
             pad_token_id=int(tokenizer.pad_token_id or 0),
         )[:, inputs.shape[1] :].tolist()
     return [answer[: answer.index(end) + 1] if end in answer else answer for answer in made]
-
-
-def _row(prompt: Tensor, answer: list[int], new_tokens: int, pad: int) -> dict[str, Tensor]:
-    """Prompt and answer as a row of :func:`measure`: the answer is what is measured."""
-    padding = new_tokens - len(answer)
-    tokens = torch.cat([prompt, torch.tensor(answer + [pad] * padding, dtype=torch.int64)])
-    labels = tokens.clone()
-    labels[: len(prompt)] = IGNORED
-    labels[len(prompt) + len(answer) :] = IGNORED
-    return {"input_ids": tokens, "labels": labels, "position_ids": torch.arange(len(tokens))}
-
-
-def _stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _agreed(original: list[int], other: list[int]) -> int:

@@ -202,15 +202,14 @@ def task_sections(suite: Suite, runs: Sequence[Results]) -> dict[str, Any]:
             "results": {
                 m: {k: float(np.mean([f[k] for f in seeds])) for k in seeds[0]} for m, seeds in figures.items()
             },
-            "comparisons": {model: dataclasses.asdict(of_model[task]) for model, of_model in compared.items()},
+            "comparisons": {model: of_model[task].as_dict() for model, of_model in compared.items()},
         }
     groups = {}
     for group, shares in suite.groups.items():
         if not any(is_perplexity(suite.tasks[task].primary) for task in shares):
             chances = {task: suite.tasks[task].chance for task in shares}
             means = {model: mean_of(of_model, shares, chances) for model, of_model in compared.items()}
-            as_dicts = {model: dataclasses.asdict(mean) for model, mean in means.items()}
-            groups[group] = {"shares": shares, "comparisons": as_dicts}
+            groups[group] = {"shares": shares, "comparisons": {model: mean.as_dict() for model, mean in means.items()}}
     return {"tasks": tasks, "groups": groups}
 
 

@@ -139,7 +139,8 @@ def _kept_cell(found: Mapping[str, Any] | None, model: str) -> str:
     if found is None or (c := found["comparisons"][model])["retained"] is None:
         return ""
     error = math.sqrt(max(c["original"] * (1 - c["original"]), 0) / c["items"])
-    clear = c["retained_above_chance"] is not None and c["original"] - found.get("chance", 0) > 2 * error
+    above = c["original"] - (c.get("chance", found.get("chance")) or 0)
+    clear = c["retained_above_chance"] is not None and above > 2 * error
     return f"{c['retained']:.1f} %\n" + (f"{c['retained_above_chance']:.1f} %" if clear else "–").replace("-", "−")
 
 
