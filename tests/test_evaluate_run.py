@@ -116,6 +116,13 @@ def test_seeds_are_pooled(place: Path, run: Callable[..., str]) -> None:
     kl = [of_run["fidelity"]["recovered"]["kl"] for of_run in runs]
     assert pooled["fidelity"]["recovered"]["kl"] == pytest.approx(np.mean(kl))
 
+    def of_text(document: dict[str, Any]) -> list[float]:
+        buckets = document["fidelity_by_position"]["buckets"]
+        return [b["models"]["recovered"]["kl"] for b in buckets] + [p["recovered"] for p in document["drift"]["pairs"]]
+
+    assert of_text(pooled) == pytest.approx(np.mean([of_text(of_run) for of_run in runs], axis=0))
+    assert of_text(runs[0]) != of_text(runs[1])
+
 
 def test_without_a_run_the_pairs_of_the_configuration(place: Path, run: Callable[..., str]) -> None:
     printed = run("plan.pairs=[[1, 2]]", "--output", str(place / "untuned"))

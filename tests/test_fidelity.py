@@ -24,6 +24,7 @@ from lp_train.evaluation.fidelity import (
     as_it_is,
     by_domain,
     by_position,
+    evaluating,
     measure,
     shared_out,
     standard_error,
@@ -212,6 +213,17 @@ def test_mode_random_state_and_weights_come_back(model: nn.Module, rows: Dataset
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_evaluating_gives_modes_and_random_state_back_after_a_mistake_too(model: nn.Module) -> None:
+    model.train()
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    with pytest.raises(RuntimeError), evaluating(model):  # a task of the hub may sample
+        assert not model.training and not torch.is_grad_enabled()
+        torch.rand(3)
+        raise RuntimeError
+    assert [module.training for module in model.modules()] == modes and torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_dropout_is_off_while_measuring(model: nn.Module, rows: Dataset) -> None:

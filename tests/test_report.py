@@ -1,9 +1,13 @@
 """The report's pages: self-contained, complete where everything was measured, silent where it was not."""
 
 import json
+import os
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +18,13 @@ from transformers import PreTrainedTokenizerFast
 
 import evaluate_run
 import report as report_command
-from lp_train import finetune
+from lp_train import finetune, track
+from lp_train.config import TrackConfig
 from lp_train.evaluation import page
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.page import Table, literal
 from lp_train.evaluation.statistics import compare
-from lp_train.evaluation.tables import task_table
+from lp_train.evaluation.tables import fidelity_table, task_table
 
 TEXT = ["By position in the document", "Drift by layer"]
 REST = ["Memory and speed", "Environment", "To reproduce"]
@@ -91,6 +96,48 @@ def test_several_runs_side_by_side(runs: dict[str, Path], tmp_path: Path, capsys
     assert report_command.main([str(runs["plain"]), str(runs["flat"]), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "seven" not in printed and "| recovered plain | 4 |" in printed
+
+
+def test_each_original_has_its_row_and_the_control_stays() -> None:
+    def run(name: str, nll: float) -> dict[str, Any]:
+        f = {"nll": nll, "ppl": 9.0, "kl": 0.0, "top1_agreement": 1.0}
+        return {
+            "name": name,
+            "plan": {"num_layers": 6},
+            "effective_depth": 4,
+            "fidelity": {"sequential": f, "paired": f},
+        }
+
+    control = {"nll": 2.0, "ppl": 9.0, "kl": 0.0, "top1_agreement": 1.0}
+    shown = fidelity_table([{**run("a", 2.5), "control": control}, run("b", 2.5), run("c", 3.0)]).rows
+    assert [row[0].replace("\n", " ") for row in shown] == [
+        "original",
+        "untuned pairs a",
+        "control (not paired) a",
+        "untuned pairs b",
+        "original c",
+        "untuned pairs c",
+    ]
+
+
+def test_a_tracked_run_gets_later_tables(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: dict[str, Any] = {}
+    fake = SimpleNamespace(run=SimpleNamespace(summary={}), init=lambda: None, finish=lambda: None)
+    fake.Table, fake.Image, fake.log = (lambda columns, data: (columns, data)), str, logged.update
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: name)
+    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.setenv(name, "")
+    document = json.loads((runs["deep"] / "evaluation.json").read_text())
+    track.add(TrackConfig(wandb="offline"), runs["deep"], "deep", document)
+    assert not logged  # this run was not tracked
+    folder = shutil.copytree(runs["deep"], tmp_path / "tracked")
+    (folder / "wandb_id").write_text("abc")
+    track.add(TrackConfig(wandb="offline"), folder, "deep", document)
+    assert os.environ["WANDB_RUN_ID"] == "abc" and logged.keys() >= {"tables/tasks", "tables/answers", "plots/tasks"}
+    assert fake.run.summary["recovered/kl"] == document["fidelity"]["recovered"]["kl"]
 
 
 def test_mistakes(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

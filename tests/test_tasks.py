@@ -236,6 +236,12 @@ def test_generated_answers_are_those_of_plain_hflm(
     assert all(len(values) == len(expected) for values in metrics.values())
 
 
+def test_bytes_of_a_cached_token(tiny_llama: LlamaForCausalLM) -> None:
+    cache = tiny_llama(torch.ones(1, 5, dtype=torch.int64), use_cache=True).past_key_values
+    expected = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values)) / 5
+    assert harness.cache_bytes_per_token(tiny_llama) == expected
+
+
 def test_nothing_else_of_the_model_changes(
     files: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
