@@ -135,6 +135,7 @@ def test_without_a_run_the_pairs_of_the_configuration(place: Path, run: Callable
 
 def test_mistakes(place: Path, run: Callable[..., str], tmp_path: Path) -> None:
     assert "there is no such folder" in run(str(tmp_path / "none"), code=2)
+    assert "nothing in it says which layers were paired" in run(str(tmp_path), code=2)
     assert (
         run("seed0", "--pool", code=2)
         == "error: --pool: the mean of several runs needs a folder; add --output FOLDER\n"

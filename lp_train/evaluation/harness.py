@@ -6,7 +6,6 @@ text by text, and with a model that is loaded already believes to be alone.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -64,7 +63,7 @@ class HarnessModel(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=at_most, mixed_precision_dtype=half)
         self.variants, self.state = variants, state
         self.rows, self.tokens_per_batch = batch_size, TOKENS_PER_BATCH[kind]
-        self.tokens, self.seconds = 0, 0.0  # of log-likelihoods: through all variants on all processes, with encoding
+        self.tokens = 0  # of log-likelihoods, through all variants on all processes
         self._encoded: dict[tuple[str, bool | None], list[int]] = {}
         self._tasks: list[str | None] = []  # which each request belongs to, for messages
 
@@ -79,15 +78,14 @@ class HarnessModel(HFLM):
         return tokens[-left_truncate_len:] if left_truncate_len else tokens
 
     def _encode_ahead(self, strings: Iterable[str], add_special_tokens: bool | None = None) -> None:
+        """All at once but texts that start with the prefix token, to which HFLM adds none."""
         prefix = self.tokenizer.decode(self.prefix_token_id)
-        unique = list(dict.fromkeys(strings))
-        for has_prefix in (False, True):  # HFLM adds no special token to a text that starts with one
-            group = [text for text in unique if text.startswith(prefix) == has_prefix]
-            special = False if has_prefix else add_special_tokens
-            options = {} if special is None else {"add_special_tokens": special}
-            if group:
-                encoded = self.tokenizer(group, return_attention_mask=False, verbose=False, **options)["input_ids"]
-                self._encoded.update(zip(((text, add_special_tokens) for text in group), encoded, strict=True))
+        texts = [text for text in dict.fromkeys(strings) if not text.startswith(prefix)]
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        encoded = (
+            self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"] if texts else []
+        )
+        self._encoded.update(zip(((text, add_special_tokens) for text in texts), encoded, strict=True))
 
     # --- log-likelihoods ---------------------------------------------------------------------------------------------
 
@@ -97,12 +95,10 @@ class HarnessModel(HFLM):
         Raises:
             UserError: context and continuation are longer than the model's context.
         """
-        started = time.perf_counter()
         parts = [requests[i : i + REQUESTS_AT_A_TIME] for i in range(0, len(requests), REQUESTS_AT_A_TIME)]
         with ThreadPoolExecutor(1) as ahead:  # the next parts are encoded while the model is busy with those before
             found = [self._score_all(*prepared) for prepared in ahead.map(self._prepare, parts)]
         sums = {name: _gathered([of_part[name] for of_part in found]) for name in self.variants}
-        self.seconds += time.perf_counter() - started
         return {name: [(nats, wrong == 0) for nats, wrong in values] for name, values in sums.items()}
 
     def _prepare(self, requests: list[Instance]) -> tuple[list[Batch], int]:
@@ -116,7 +112,6 @@ class HarnessModel(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> dict[str, list[float]]:
         """Of each whole text, in windows of the model's context that do not overlap in what they predict."""
-        started = time.perf_counter()
         windows: list[Request] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
@@ -129,7 +124,6 @@ class HarnessModel(HFLM):
         for name in self.variants:
             nats = [nats for nats, _ in _gathered([found[name]])]
             sums[name] = np.bincount(owners, weights=nats, minlength=len(requests)).tolist()
-        self.seconds += time.perf_counter() - started
         return sums
 
     def _loglikelihood_tokens(

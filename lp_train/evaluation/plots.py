@@ -137,20 +137,6 @@ def _lines(axis: Axes, labels: Sequence[str], rows: Sequence[Mapping[str, Any]],
             axis.plot(*zip(*points, strict=True), **STYLES[model])
 
 
-def domains(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """KL on each domain's text, before and after recovery."""
-    figure, (axis,) = _panels(1, 1.2 + 0.45 * len(rows))
-    for offset, model in ((-0.2, "paired"), (0.2, "recovered")):
-        if bars := [(i + offset, row["models"][model]["kl"]) for i, row in enumerate(rows) if model in row["models"]]:
-            places, values = zip(*bars, strict=True)
-            axis.barh(places, values, height=0.38, color=STYLES[model]["color"], label=NAMES[model])
-    axis.set_yticks(range(len(rows)), [row["domain"] for row in rows])
-    axis.invert_yaxis()
-    axis.set(xlabel="nats per token", title="KL to the original by domain")
-    _legend(axis)
-    return figure
-
-
 def tasks(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Difference to the original in points of each task or group, with its 95 % interval."""
     figure, (axis,) = _panels(1, 1.3 + 0.45 * len(found))

@@ -180,8 +180,7 @@ def _fidelity_sections(document: Mapping[str, Any], figure: Callable[..., str]) 
     sections: Sections = {}
     domains = (document.get("fidelity_by_domain") or {}).get("domains") or []
     if len(domains) > 1:
-        bars = figure("domain", "KL by domain", lambda: plots.domains(domains))
-        sections["By domain"] = [domain_table(domains), bars]
+        sections["By domain"] = [domain_table(domains)]
     if by := document.get("fidelity_by_position"):
         curve = figure("position", "fidelity by position", lambda: plots.positions(by["buckets"], by["unit"]))
         sections["By position in the document"] = [curve]

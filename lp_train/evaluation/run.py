@@ -121,7 +121,9 @@ def _plan(config: Config, folder: Path | None) -> tuple[PairPlan, str]:
     layers = models.load_model_config(config.model).get_text_config().num_hidden_layers
     if folder is None:
         return PairPlan.parse(config.plan.pairs, num_layers=layers), config.plan.algebra
-    record = models.read_stamp(models._result_folder(str(folder)))
+    result = models._result_folder(str(folder))
+    is_result = any((result / name).exists() for name in ("adapter_config.json", "config.json"))
+    record = models.read_stamp(result) if is_result else None
     if record is None:
         raise UserError(f"{str(folder)!r}: nothing in it says which layers were paired; name a run folder of lp_train")
     return PairPlan.parse(record["pairs"], num_layers=layers), record["algebra"]
