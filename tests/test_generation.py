@@ -123,7 +123,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, tiny_tokenizer: Pre
     sections = ("fidelity", "fidelity_by_position", "fidelity_by_domain", "generation", "drift")
     alone, together = ({name: document[name] for name in sections} for document in found)
     assert alone["generation"]["prompts"] == 3
-    assert flat(together) == pytest.approx(flat(alone), rel=1e-5, abs=1e-7)
+    assert flat(together) == pytest.approx(flat(alone), rel=1e-12)
 
 
 # --- what is said of them

@@ -149,7 +149,7 @@ def tasks(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     axis.axvline(0, **{**STYLES["sequential"], "marker": ""})
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
-    axis.set(xlabel="points, with 95 % interval", title="Tasks: difference to the original")
+    axis.set(xlabel="percentage points, with 95 % interval", title="Tasks: difference to the original")
     _legend(axis)
     return figure
 

@@ -205,7 +205,8 @@ def _fidelity_note(document: Mapping[str, Any]) -> str:
 
 def _environment_table(environment: Mapping[str, Any]) -> Table:
     rows = [("commit", str(environment["commit"])), ("device", environment["device"])]
-    rows += [("processes", f"{environment['num_processes']}, {environment['distributed_type']}")]
+    engine = "" if environment["num_processes"] == 1 else f", {environment['distributed_type']}"
+    rows += [("processes", f"{environment['num_processes']}{engine}")]
     rows += [(name, str(number)) for name, number in environment["versions"].items()]
     return Table(("what", "version"), rows, numbers=2)
 
