@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lp_train.config import ModelConfig
-from lp_train.data.pydocs import cache_folder
 from lp_train.errors import UserError
 from lp_train.pairing import FAMILIES, PairPlan, pair_layers
 from lp_train.pairing.families import decoder_of
@@ -42,6 +41,11 @@ def write_folder(target: Path, write: Callable[[Path], Any]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def cache_folder() -> Path:
+    """The program's cache folder: ``$LP_TRAIN_CACHE``, else ``~/.cache/lp_train``. It need not exist yet."""
+    return Path(os.environ.get("LP_TRAIN_CACHE") or "~/.cache/lp_train").expanduser()
 
 
 # --- where a model is ------------------------------------------------------------------------------------------------

@@ -3,13 +3,12 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from lp_train.config import DataConfig
-from lp_train.data.sources import PYDOCS, Document, OpenSource, Role, open_source
+from lp_train.data.sources import Document, OpenSource, Role, open_source
 from lp_train.data.tokens import Encoder, Tokens
 from lp_train.errors import UserError
 
@@ -35,17 +34,20 @@ class Separation:
     excluded: set[bytes] = field(default_factory=set)  # keys of documents that training met and left out
 
 
-def separate(data: DataConfig, cache_dir: Path | None) -> Separation:
+def separate(data: DataConfig) -> Separation:
     """Opens all sources and keeps the roles apart, by their paths and by the text of every document.
 
     Raises:
         UserError: a source that cannot be opened, or the same rows in two roles.
     """
-    opened = {role: [open_source(s, role, cache_dir) for s in getattr(data, role) or []] for role in _ROLES}
+    opened = {role: [open_source(s, role) for s in getattr(data, role) or []] for role in _ROLES}
     _refuse_shared_rows(opened)
     calibration = {document.key for source in opened["calibration"] for document in source.shuffled(seed=0)}
     evaluated: set[bytes] = set()
     result = Separation()
+
+    def in_held_out_share(key: bytes) -> bool:
+        return data.eval is None and held_out(key, data.eval_fraction)
 
     def keep_for_eval(key: bytes) -> bool:
         if key not in calibration:
@@ -58,9 +60,6 @@ def separate(data: DataConfig, cache_dir: Path | None) -> Separation:
             return False
         return True
 
-    def in_held_out_share(key: bytes) -> bool:
-        return held_out(key, data.eval_fraction)
-
     for source in opened["eval"]:
         view = source.only(keep_for_eval)
         if not view.streamed:  # all of it, however little is drawn: training data do not depend on eval's size
@@ -68,13 +67,8 @@ def separate(data: DataConfig, cache_dir: Path | None) -> Separation:
                 pass
         result.eval.append(view)
     for source in opened["train"]:
-        if data.eval is not None:
-            result.train.append(source.only(keep_for_training))
-        elif source.source.path == PYDOCS:
-            result.train.append(source.only(keep_for_training))
-            result.eval.append(open_source(source.source, "eval", cache_dir).only(keep_for_eval))
-        else:
-            result.train.append(source.only(lambda key: not in_held_out_share(key) and keep_for_training(key)))
+        result.train.append(source.only(lambda key: not in_held_out_share(key) and keep_for_training(key)))
+        if data.eval is None:
             result.eval.append(source.only(lambda key: in_held_out_share(key) and keep_for_eval(key)))
     return result
 

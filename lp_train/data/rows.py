@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -74,7 +73,6 @@ def build_data(
     eval_tokens: int,
     kd_on: Literal["completion", "all"],
     seed: int,
-    cache_dir: Path | None = None,
 ) -> Data:
     """Reads, splits, tokenises and packs the data of a run.
 
@@ -82,73 +80,65 @@ def build_data(
     Rows hold up to ``max_length`` tokens of whole documents; longer documents are split. ``labels`` are the tokens
     themselves where they are trained (``kd_on`` all: everywhere), else -100, as is the first token of every piece,
     which nothing predicts. With ``kd_on`` all and masked documents, ``ce_labels`` are those of "completion".
-    ``cache_dir`` is where ``builtin:pydocs`` is kept.
 
     Raises:
         UserError: sources that cannot be read or overlap; no token, no trained token, no evaluation text; more than
             1 % of the tokens lost without ``data.truncate``.
     """
     encoder = Encoder(tokenizer, max_length if data.truncate else None)
-    views = separate(data, cache_dir)
+    views = separate(data)
     held_out_of = draw_eval(views.eval, encoder, eval_tokens, seed)
     if not held_out_of:
         raise UserError(_no_eval_message(data))
     held_out, domains = [document for _, document in held_out_of], sorted({domain for domain, _ in held_out_of})
-    places = [domains.index(domain) for domain, _ in held_out_of]
     drawn = draw_train(views.train, encoder, train_tokens, seed)
     documents = [document for _, document in drawn]
     if not documents:
         raise UserError("data.train: zero tokens; all documents are empty, held out, or also in data.eval")
-    two_labels = kd_on == "all" and any(document.masked for document in documents + held_out)
-    train, evaluation = (
-        _label(packed, train_all=kd_on == "all", two_labels=two_labels)
-        for packed in (pack(documents, max_length), pack(held_out, max_length, places))
-    )
+    everywhere = kd_on == "all"
+    two_labels = everywhere and any(document.masked for document in documents + held_out)
+    train = pack(documents, max_length, everywhere, two_labels)
+    places = [domains.index(domain) for domain, _ in held_out_of]
+    evaluation = pack(held_out, max_length, everywhere, two_labels, places)
     stats = _count(data, drawn, held_out, train, evaluation, len(views.excluded))
     _check(stats, data.truncate)
     return Data(train, evaluation, stats, domains)
 
 
-def pack(documents: list[Tokens], max_length: int, domains: list[int] | None = None) -> Dataset:
-    """Packs documents into rows of up to ``max_length`` tokens: ``input_ids``, ``trained``, ``seq_lengths`` and, of
-    documents with ``domains``, for each token its document's ``domain``."""
-    ends = np.cumsum([0] + [len(document.ids) for document in documents])
-    # The narrow type on purpose: more than 2^31 tokens in memory is an error here and not an overflow.
-    offsets = pa.array(ends, pa.int32())
-    columns = {
-        "input_ids": pa.ListArray.from_arrays(offsets, np.concatenate([document.ids for document in documents])),
-        "trained": pa.ListArray.from_arrays(offsets, np.concatenate([document.trained for document in documents])),
-    }
-    if domains is not None:
-        of_token = np.repeat(np.array(domains, np.int32), np.diff(ends))
-        columns["domain"] = pa.ListArray.from_arrays(offsets, of_token)
-    return pack_dataset(Dataset(pa.table(columns)), max_length, "bfd_split", {"desc": "packing"})
+def pack(
+    documents: list[Tokens],
+    max_length: int,
+    train_all: bool = False,
+    two_labels: bool = False,
+    domains: list[int] | None = None,
+) -> Dataset:
+    """Packs documents into rows of up to ``max_length`` tokens with the columns of :class:`Data`.
 
-
-def _label(packed: Dataset, train_all: bool, two_labels: bool) -> Dataset:
-    """Replaces ``trained`` by labels."""
-    table = packed.with_format("arrow")[:].combine_chunks()
-    rows = {name: table.column(name).combine_chunks() for name in ("input_ids", "trained", "seq_lengths")}
-    flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in rows.items()}
-    ids, lengths = flat["input_ids"], flat["seq_lengths"]
-    starts = np.cumsum(lengths) - lengths
-    offsets = pa.array(np.cumsum([0, *rows["input_ids"].value_lengths().to_numpy()]), pa.int32())
-
-    def labels(trained: np.ndarray) -> pa.ListArray:
-        values = np.where(trained, ids, IGNORED).astype(np.int32)
-        values[starts] = IGNORED
-        return pa.ListArray.from_arrays(offsets, values)
-
-    columns = {
-        "input_ids": rows["input_ids"],
-        "labels": labels(np.ones(len(ids), bool) if train_all else flat["trained"]),
-        "seq_lengths": rows["seq_lengths"],
-    }
+    ``train_all``: every token is a label; ``two_labels``: ``ce_labels`` are then those of the trained ones.
+    ``domains``: for each document the place of its domain.
+    """
+    lengths = [len(document.ids) for document in documents]
+    ids = np.concatenate([document.ids for document in documents])
+    labels = np.where(np.concatenate([document.trained for document in documents]), ids, IGNORED).astype(np.int32)
+    columns = {"input_ids": ids, "labels": ids if train_all else labels}
     if two_labels:
-        columns["ce_labels"] = labels(flat["trained"])
-    if "domain" in table.column_names:
-        columns["domain"] = table.column("domain").combine_chunks()
-    return Dataset(pa.table(columns))
+        columns["ce_labels"] = labels
+    if domains is not None:
+        columns["domain"] = np.repeat(np.array(domains, np.int32), lengths)
+    # The narrow type on purpose: more than 2^31 tokens in memory is an error here and not an overflow.
+    offsets = pa.array(np.cumsum([0, *lengths]), pa.int32())
+    table = pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
+    packed = pack_dataset(Dataset(table), max_length, "bfd_split", {"desc": "packing"})
+    rows = packed.with_format("arrow")[:].combine_chunks()
+    sizes = rows["seq_lengths"].combine_chunks().flatten().to_numpy()
+    for name in ("labels", "ce_labels"):
+        if name in columns:
+            column = rows[name].combine_chunks()
+            values = column.flatten().to_numpy().copy()
+            values[np.cumsum(sizes) - sizes] = IGNORED  # the first token of a piece follows nothing
+            masked = pa.ListArray.from_arrays(column.offsets, values)
+            rows = rows.set_column(rows.column_names.index(name), name, masked)
+    return Dataset(rows)
 
 
 def _count(

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -58,8 +58,8 @@ class Document:
 class OpenSource:
     """A source with its rows at hand, or with the means to stream them.
 
-    ``identity`` names where the rows come from, so that two roles with a common row source are found out; empty where
-    the roles cannot meet. ``keep`` says by a document's key whether it belongs to this view of the source.
+    ``identity`` names where the rows come from, so that two roles with a common row source are found out.
+    ``keep`` says by a document's key whether it belongs to this view of the source.
     """
 
     source: Source
@@ -67,8 +67,8 @@ class OpenSource:
     identity: frozenset[str]
     rows: Rows
     columns: dict[str, str]
-    files: list[str] = dataclasses.field(default_factory=list)  # of local rows at hand: the file of each
-    keep: Callable[[bytes], bool] | None = None
+    files: list[str]  # of local rows at hand: the file of each
+    keep: Callable[[bytes], bool] = lambda key: True
 
     @property
     def streamed(self) -> bool:
@@ -85,44 +85,38 @@ class OpenSource:
         """This source without the documents whose key ``keep`` refuses."""
         return dataclasses.replace(self, keep=keep)
 
-    def order(self, seed: int) -> list[int]:
-        """A permutation of the rows' numbers. Not for a streamed source, whose length is not known."""
-        return random.Random(seed).sample(range(len(self.rows)), len(self.rows))
-
     def shuffled(self, seed: int) -> Iterator[Document]:
         """The documents once, in an order fixed by the seed (a streamed source: through a buffer of 1,000)."""
-        if isinstance(self.rows, datasets.IterableDataset):
-            return self._kept(self.rows.shuffle(seed=seed, buffer_size=1000))
-        return self._kept(self.rows[number] for number in self.order(seed))
+        return (document for _, document in self.in_domains(seed))
 
     def in_domains(self, seed: int) -> Iterator[tuple[str, Document]]:
         """:meth:`shuffled`, each document with its :meth:`domain`."""
-        if self.streamed:
-            yield from ((self.domain(0), document) for document in self.shuffled(seed))
+        if isinstance(self.rows, datasets.IterableDataset):
+            for row in self.rows.shuffle(seed=seed, buffer_size=1000):
+                yield from ((self.domain(0), document) for document in self._kept(row))
         else:
-            for number in self.order(seed):
+            for number in random.Random(seed).sample(range(len(self.rows)), len(self.rows)):
                 yield from ((self.domain(number), document) for document in self.numbered(number))
 
     def numbered(self, number: int) -> Iterator[Document]:
         """The document of row ``number`` if it belongs to this view, else nothing."""
-        return self._kept([self.rows[number]])
+        return self._kept(self.rows[number])
 
-    def _kept(self, rows: Iterable[Row]) -> Iterator[Document]:
-        for row in rows:
-            document = _document(row, self.columns, self.label)
-            if not document.is_empty and (self.keep is None or self.keep(document.key)):
-                yield document
+    def _kept(self, row: Row) -> Iterator[Document]:
+        document = _document(row, self.columns, self.label)
+        if not document.is_empty and self.keep(document.key):
+            yield document
 
 
-def open_source(source: Source, role: Role, cache_dir: Path | None = None) -> OpenSource:
-    """Finds the rows and the columns of a source. ``builtin:pydocs`` gives each role a part of its own.
+def open_source(source: Source, role: Role) -> OpenSource:
+    """Finds the rows and the columns of a source.
 
     Raises:
         UserError: a path, pattern, file, hub dataset or column that is not there, or a file that cannot be read.
     """
     label = f"data.{role} {source.path}"
     try:
-        identity, rows, files = _rows(source, role, cache_dir)
+        identity, rows, files = _rows(source)
         first = next(iter(rows), None)
         if first is None:
             raise UserError(f"{source.path}: no rows; check the split ({source.split}) and the revision")
@@ -131,9 +125,10 @@ def open_source(source: Source, role: Role, cache_dir: Path | None = None) -> Op
     return OpenSource(source, label, identity, rows, _find_columns(source, list(first), label), files)
 
 
-def _rows(source: Source, role: Role, cache_dir: Path | None) -> tuple[frozenset[str], Rows, list[str]]:
+def _rows(source: Source) -> tuple[frozenset[str], Rows, list[str]]:
+    """Where the rows come from, the rows, and the file of each."""
     if source.path == PYDOCS:
-        return frozenset(), load_pydocs(role, cache_dir), []
+        return frozenset([PYDOCS]), load_pydocs(), []
     if not is_local(source.path):
         return frozenset([f"{source.path}:{source.name}:{source.split}"]), _load_from_hub(source), []
     files = find_files(source.path)
