@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
@@ -140,7 +141,7 @@ def resolve_dtype(dtype: str, where: torch.device | None = None) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def _from_hub(load: Callable[..., Any], config: ModelConfig, **kwargs: Any) -> Any:
+def _from_hub(load: Callable[..., Any], config: ModelConfig, /, **kwargs: Any) -> Any:
     try:
         path, where = resolve(config.name_or_path, config.revision)
         return load(path, trust_remote_code=config.trust_remote_code, **where, **kwargs)
@@ -182,10 +183,13 @@ def attention_of(config: ModelConfig, model_config: PretrainedConfig | None = No
 
 
 def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Module:
-    """The sequential original on its device, in eval mode, with all weights frozen."""
+    """The sequential original on its device, in eval mode, with all weights frozen and no dropout of its own."""
     where = where or device()
-    dtype = resolve_dtype(config.dtype, where)
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention_of(config)}
+    dtype, model_config = resolve_dtype(config.dtype, where), load_model_config(config)
+    if dropouts := _remove_dropout(model_config):
+        print(f"note: {', '.join(dropouts)} of the base is set to 0, so that its teacher, itself, says the same twice")
+    kwargs: dict[str, Any] = {"dtype": dtype, "config": model_config}
+    kwargs["attn_implementation"] = attention_of(config, model_config)
     if config.quantization == "nf4":
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -198,6 +202,15 @@ def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Modu
     model = model.to(where).eval().requires_grad_(False) if config.quantization is None else model.eval()
     model.base_fingerprint = fingerprint(model)  # now, before adapters wrap or training changes what it is made of
     return model
+
+
+def _remove_dropout(config: PretrainedConfig) -> list[str]:
+    """Sets what the configuration has of dropout to 0; returns what it was."""
+    text_config = config.get_text_config()
+    found = {n: v for n, v in vars(text_config).items() if n.endswith(("dropout", "pdrop")) and v}
+    for name in found:
+        setattr(text_config, name, 0.0)
+    return [f"{name} {value}" for name, value in found.items()]
 
 
 def _refuse_missing_weights(config: ModelConfig, found: dict[str, Any]) -> None:
@@ -223,13 +236,10 @@ def _keep_4bit_weights_trainable_through(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of a base as it was loaded: its norms and a corner of its embedding, in bf16."""
-    digest = hashlib.sha256()
-    corner = model.get_input_embeddings().weight[:64, :64]
-    norms = [p for name, p in sorted(decoder_of(model).named_parameters()) if p.dim() == 1 and "norm" in name]
-    for tensor in (corner, *norms):
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """A short hash of a base: the signs of a part of its embedding, the same in every precision and when quantised."""
+    weight = model.get_input_embeddings().weight.detach()
+    signs = torch.signbit(weight[:: max(1, len(weight) // 4096), :256]).cpu().numpy()
+    return hashlib.sha256(numpy.packbits(signs).tobytes()).hexdigest()[:16]
 
 
 # --- what is stored with a result, and reading it back ---------------------------------------------------------------
