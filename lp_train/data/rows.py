@@ -130,7 +130,7 @@ def pack(
     table = pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
     packed = pack_dataset(Dataset(table), max_length, "bfd_split", {"desc": "packing"})
     rows = packed.with_format("arrow")[:].combine_chunks()
-    sizes = rows["seq_lengths"].combine_chunks().flatten().to_numpy()
+    sizes = _flat(packed, "seq_lengths")
     for name in ("labels", "ce_labels"):
         if name in columns:
             column = rows[name].combine_chunks()
@@ -147,16 +147,19 @@ def _count(
     by_source = dict.fromkeys((source.path for source in data.train), 0)
     for number, document in drawn:
         by_source[data.train[number].path] += len(document.ids)
-    lost = sum(by_source.values()) - _tokens(train)
+    (tokens, trained), (eval_tokens, eval_trained) = (
+        (int(_flat(rows, "seq_lengths").sum()), int((_flat(rows, "labels") != IGNORED).sum()))
+        for rows in (train, evaluation)
+    )
     return DataStats(
         documents=len(drawn),
-        tokens=_tokens(train),
-        trained_tokens=_trained(train),
-        dropped_tokens=sum(document.dropped for _, document in drawn) + lost,
+        tokens=tokens,
+        trained_tokens=trained,
+        dropped_tokens=sum(document.dropped for _, document in drawn) + sum(by_source.values()) - tokens,
         rows=len(train),
         eval_documents=len(held_out),
-        eval_tokens=_tokens(evaluation),
-        eval_trained_tokens=_trained(evaluation),
+        eval_tokens=eval_tokens,
+        eval_trained_tokens=eval_trained,
         eval_rows=len(evaluation),
         excluded_documents=excluded,
         sources=by_source,
@@ -165,14 +168,6 @@ def _count(
 
 def _flat(rows: Dataset, column: str) -> np.ndarray:
     return rows.with_format("arrow")[column].combine_chunks().flatten().to_numpy()
-
-
-def _tokens(rows: Dataset) -> int:
-    return int(_flat(rows, "seq_lengths").sum())
-
-
-def _trained(rows: Dataset) -> int:
-    return int((_flat(rows, "labels") != IGNORED).sum())
 
 
 def _check(stats: DataStats, truncate: bool) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import datasets
-from trl import maybe_convert_to_chatml
 
 from lp_train.config import Source
 from lp_train.data.files import Row, find_files, is_local, read_rows
@@ -20,7 +19,14 @@ Role = Literal["train", "eval", "calibration"]
 Rows: TypeAlias = Sequence[Row] | datasets.Dataset | datasets.IterableDataset
 
 PYDOCS = "builtin:pydocs"
-# ShareGPT's names: TRL renames the keys "from" and "value" but leaves these, and no chat template knows them.
+_FORMS = (
+    {"messages": "messages"},
+    {"messages": "conversations"},
+    {"prompt": "prompt", "completion": "completion"},
+    {"text": "text"},
+)
+# ShareGPT's names, which no chat template knows.
+_KEYS = {"from": "role", "value": "content"}
 _ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
@@ -149,34 +155,25 @@ def _load_from_hub(source: Source) -> datasets.Dataset | datasets.IterableDatase
         offline = os.environ.get("HF_HUB_OFFLINE")
         state = f"HF_HUB_OFFLINE is {offline}, so only cached data sets are found" if offline else "check the network"
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{source.path}: the hub dataset did not load ({reason}); check name and split; {state}"
-        ) from None
+        wrong = f"the hub dataset did not load ({reason})"
+        raise UserError(f"{source.path}: {wrong}; check name and split; {state}") from None
 
 
 def _find_columns(source: Source, names: list[str], label: str) -> dict[str, str]:
     """Which column plays which part: ``{"text"|"messages"|"prompt"|"completion": column}``; options go first."""
-    given = {
-        "messages": source.messages_column,
-        "prompt": source.prompt_column,
-        "completion": source.completion_column,
-        "text": source.text_column,
-    }
+    given = {part: getattr(source, f"{part}_column") for part in ("messages", "prompt", "completion", "text")}
     chosen = {part: column for part, column in given.items() if column}
     if "prompt" in chosen or "completion" in chosen:
         chosen = {"prompt": "prompt", "completion": "completion"} | chosen
     if not chosen:
-        forms = [["messages"], ["conversations"], ["prompt", "completion"], ["text"]]
-        form = next((form for form in forms if set(form) <= set(names)), [])
-        chosen = {"messages" if name == "conversations" else name: name for name in form}
+        chosen = next((form for form in _FORMS if set(form.values()) <= set(names)), {})
+    has = f"it has {', '.join(names)}"
     if not chosen:
-        raise UserError(
-            f"{label}: no column messages, conversations, prompt and completion, or text; it has {', '.join(names)}; "
-            "name one with text_column or messages_column"
-        )
+        forms = "messages, conversations, prompt and completion, or text"
+        raise UserError(f"{label}: no column {forms}; {has}; name one with text_column or messages_column")
     for part, column in chosen.items():
         if column not in names:
-            raise UserError(f"{label}: no column {column!r} for the {part}; it has {', '.join(names)}")
+            raise UserError(f"{label}: no column {column!r} for the {part}; {has}")
     return chosen
 
 
@@ -192,26 +189,21 @@ def _document(row: Row, columns: dict[str, str], label: str) -> Document:
         return Document(messages=prompt + completion, context=len(prompt))
     for part, value in parts.items():
         if not isinstance(value, str | None):
-            name = type(value).__name__
-            raise UserError(
-                f"{label}: column {columns[part]!r} holds a {name}, not text; set messages_column for chats"
-            )
+            held = f"column {columns[part]!r} holds a {type(value).__name__}"
+            raise UserError(f"{label}: {held}, not text; set messages_column for chats")
     return Document(text=parts.get("text") or parts.get("completion") or "", prompt=parts.get("prompt"))
 
 
 def _messages(value: Any, label: str) -> list[dict[str, Any]]:
-    """Messages with ``role`` and ``content``, from those or from ``from`` and ``value``."""
-    if value is None:
-        return []
+    """Messages with ``role`` and ``content``, from those or from ShareGPT's ``from`` and ``value``."""
+    value = [] if value is None else value
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UserError(f"{label}: messages must be a list of {{role, content}}; a row holds {str(value)[:60]!r}")
-    # A copy: TRL's function changes the messages it is given.
-    messages = maybe_convert_to_chatml({"messages": [dict(message) for message in value]})["messages"]
+    messages = [{_KEYS.get(key, key): part for key, part in message.items()} for message in value]
     for message in messages:
-        if "role" not in message or "content" not in message:
-            raise UserError(
-                f"{label}: a message has {', '.join(message)}; it needs role and content (or from and value)"
-            )
+        if not {"role", "content"} <= message.keys():
+            has = f"a message has {', '.join(message)}"
+            raise UserError(f"{label}: {has}; it needs role and content (or from and value)")
         message["role"] = _ROLE_NAMES.get(message["role"], message["role"])
         message["content"] = message["content"] or ""
     return messages

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lp_train.config import Config
+from lp_train.errors import UserError
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
 from lp_train.evaluation.report import recovery
@@ -58,3 +62,15 @@ class Progress:
         known = self.by_step.get(step)
         self.figures["recovered"] = known or self.bench.measure(model, {"recovered": as_it_is})["recovered"]
         self.answers |= self.bench.answers(model, self.tokenizer, {"recovered": as_it_is})
+
+
+def watched_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Watch | None:
+    """``evaluate.tasks`` as they are measured during training, if ``train.task_steps`` says so."""
+    if not config.train["task_steps"]:
+        return None
+    if importlib.util.find_spec("lm_eval") is None:
+        remedy = "run `pip install -e .[eval]`, or set it to null"
+        raise UserError(f"train.task_steps {config.train['task_steps']}: tasks need the package lm-eval; {remedy}")
+    from lp_train.evaluation.tasks import Watch
+
+    return Watch(config.evaluate, tokenizer, dtype)
