@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from lp_train.config import DataConfig
-from lp_train.data.mixture import Drawn, draw_eval, draw_train, separate
+from lp_train.data.mixture import draw_eval, draw_train, separate
 from lp_train.data.tokens import Encoder, Tokens
 from lp_train.errors import UserError
 
@@ -87,20 +87,18 @@ def build_data(
     """
     encoder = Encoder(tokenizer, max_length if data.truncate else None)
     views = separate(data)
-    held_out_of = draw_eval(views.eval, encoder, eval_tokens, seed)
-    if not held_out_of:
+    held_out = draw_eval(views.eval, encoder, eval_tokens, seed)
+    if not held_out:
         raise UserError(_no_eval_message(data))
-    held_out, domains = [document for _, document in held_out_of], sorted({domain for domain, _ in held_out_of})
-    drawn = draw_train(views.train, encoder, train_tokens, seed)
-    documents = [document for _, document in drawn]
+    documents = draw_train(views.train, encoder, train_tokens, seed)
     if not documents:
         raise UserError("data.train: zero tokens; all documents are empty, held out, or also in data.eval")
     everywhere = kd_on == "all"
     two_labels = everywhere and any(document.masked for document in documents + held_out)
     train = pack(documents, max_length, everywhere, two_labels)
-    places = [domains.index(domain) for domain, _ in held_out_of]
-    evaluation = pack(held_out, max_length, everywhere, two_labels, places)
-    stats = _count(data, drawn, held_out, train, evaluation, len(views.excluded))
+    domains = sorted({document.domain for document in held_out})
+    evaluation = pack(held_out, max_length, everywhere, two_labels, domains)
+    stats = _count(data, documents, held_out, train, evaluation, len(views.excluded))
     _check(stats, data.truncate)
     return Data(train, evaluation, stats, domains)
 
@@ -110,12 +108,12 @@ def pack(
     max_length: int,
     train_all: bool = False,
     two_labels: bool = False,
-    domains: list[int] | None = None,
+    domains: list[str] | None = None,
 ) -> Dataset:
     """Packs documents into rows of up to ``max_length`` tokens with the columns of :class:`Data`.
 
     ``train_all``: every token is a label; ``two_labels``: ``ce_labels`` are then those of the trained ones.
-    ``domains``: for each document the place of its domain.
+    ``domains``: the column ``domain`` holds the place of the document's domain in them.
     """
     lengths = [len(document.ids) for document in documents]
     ids = np.concatenate([document.ids for document in documents])
@@ -124,7 +122,8 @@ def pack(
     if two_labels:
         columns["ce_labels"] = labels
     if domains is not None:
-        columns["domain"] = np.repeat(np.array(domains, np.int32), lengths)
+        places = [domains.index(document.domain) for document in documents]
+        columns["domain"] = np.repeat(np.array(places, np.int32), lengths)
     # The narrow type on purpose: more than 2^31 tokens in memory is an error here and not an overflow.
     offsets = pa.array(np.cumsum([0, *lengths]), pa.int32())
     table = pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
@@ -142,20 +141,25 @@ def pack(
 
 
 def _count(
-    data: DataConfig, drawn: Drawn, held_out: list[Tokens], train: Dataset, evaluation: Dataset, excluded: int
+    data: DataConfig,
+    documents: list[Tokens],
+    held_out: list[Tokens],
+    train: Dataset,
+    evaluation: Dataset,
+    excluded: int,
 ) -> DataStats:
     by_source = dict.fromkeys((source.path for source in data.train), 0)
-    for number, document in drawn:
-        by_source[data.train[number].path] += len(document.ids)
+    for document in documents:
+        by_source[document.path] += len(document.ids)
     (tokens, trained), (eval_tokens, eval_trained) = (
         (int(_flat(rows, "seq_lengths").sum()), int((_flat(rows, "labels") != IGNORED).sum()))
         for rows in (train, evaluation)
     )
     return DataStats(
-        documents=len(drawn),
+        documents=len(documents),
         tokens=tokens,
         trained_tokens=trained,
-        dropped_tokens=sum(document.dropped for _, document in drawn) + sum(by_source.values()) - tokens,
+        dropped_tokens=sum(document.dropped for document in documents) + sum(by_source.values()) - tokens,
         rows=len(train),
         eval_documents=len(held_out),
         eval_tokens=eval_tokens,

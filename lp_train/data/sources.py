@@ -35,13 +35,16 @@ class Document:
     """One document, in one of three forms.
 
     Plain text: ``text``. Prompt and completion: ``prompt`` and ``text``, the completion. Chat: ``messages`` (``role``
-    and ``content`` each), of which the first ``context`` are a prompt and never trained.
+    and ``content`` each), of which the first ``context`` are a prompt and never trained. ``path`` is its source's;
+    ``domain`` says what kind of text it is: its file's name up to the first dot, or the data set's name.
     """
 
     text: str = ""
     prompt: str | None = None
     messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     context: int = 0
+    path: str = dataclasses.field(default="", compare=False)
+    domain: str = dataclasses.field(default="", compare=False)
 
     @property
     def is_empty(self) -> bool:
@@ -80,38 +83,29 @@ class OpenSource:
     def streamed(self) -> bool:
         return isinstance(self.rows, datasets.IterableDataset)
 
-    def domain(self, number: int) -> str:
-        """What kind of text row ``number`` is: its file's name up to the first dot, or that of the data set."""
-        if self.files:
-            return self.files[number].partition(".")[0]
-        name = Path(self.source.path.removeprefix("builtin:")).name
-        return f"{name}:{self.source.name}" if self.source.name else name
-
     def only(self, keep: Callable[[bytes], bool]) -> "OpenSource":
         """This source without the documents whose key ``keep`` refuses."""
         return dataclasses.replace(self, keep=keep)
 
     def shuffled(self, seed: int) -> Iterator[Document]:
         """The documents once, in an order fixed by the seed (a streamed source: through a buffer of 1,000)."""
-        return (document for _, document in self.in_domains(seed))
-
-    def in_domains(self, seed: int) -> Iterator[tuple[str, Document]]:
-        """:meth:`shuffled`, each document with its :meth:`domain`."""
         if isinstance(self.rows, datasets.IterableDataset):
             for row in self.rows.shuffle(seed=seed, buffer_size=1000):
-                yield from ((self.domain(0), document) for document in self._kept(row))
+                yield from self._kept(row)
         else:
             for number in random.Random(seed).sample(range(len(self.rows)), len(self.rows)):
-                yield from ((self.domain(number), document) for document in self.numbered(number))
+                yield from self.numbered(number)
 
     def numbered(self, number: int) -> Iterator[Document]:
         """The document of row ``number`` if it belongs to this view, else nothing."""
-        return self._kept(self.rows[number])
+        return self._kept(self.rows[number], self.files[number] if self.files else "")
 
-    def _kept(self, row: Row) -> Iterator[Document]:
+    def _kept(self, row: Row, file: str = "") -> Iterator[Document]:
         document = _document(row, self.columns, self.label)
         if not document.is_empty and self.keep(document.key):
-            yield document
+            name = Path(self.source.path.removeprefix("builtin:")).name
+            of_source = f"{name}:{self.source.name}" if self.source.name else name
+            yield dataclasses.replace(document, path=self.source.path, domain=file.partition(".")[0] or of_source)
 
 
 def open_source(source: Source, role: Role) -> OpenSource:

@@ -6,8 +6,8 @@ variant of it, else from rendering the conversation up to each turn.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
@@ -19,7 +19,6 @@ from trl.data_utils import common_prefix_length
 from lp_train.data.sources import Document
 from lp_train.errors import UserError
 
-T = TypeVar("T")
 Turn = tuple[int, int]  # from which to which character of the rendered conversation
 # Large enough for the tokenizer's threads, small enough that little is tokenised past the last document needed.
 _BATCH_CHARACTERS = 200_000
@@ -32,18 +31,20 @@ _TEMPLATE_VARIABLES: dict[str, Any] = {"date_string": "26 Jul 2024"}
 class Tokens:
     """A document as ``ids`` [T] int32 and ``trained`` [T] bool; ``dropped`` tokens were cut off its end.
 
-    ``masked``: it is of a kind of which only a part is trained.
+    ``masked``: it is of a kind of which only a part is trained. ``path`` and ``domain`` as in :class:`Document`.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     masked: bool = False
     dropped: int = 0
+    path: str = ""
+    domain: str = ""
 
     def cut(self, length: int) -> "Tokens":
-        """Its first ``length`` tokens."""
+        """Its first ``length`` tokens; the others count as dropped."""
         dropped = self.dropped + max(len(self.ids) - length, 0)
-        return Tokens(self.ids[:length], self.trained[:length], self.masked, dropped)
+        return replace(self, ids=self.ids[:length], trained=self.trained[:length], dropped=dropped)
 
 
 class Encoder:
@@ -54,33 +55,26 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"{tokenizer.name_or_path or 'tokenizer'}: no EOS token to end documents; set its eos_token"
-            )
-        self.tokenizer = tokenizer
         self.name = tokenizer.name_or_path or "tokenizer"
-        self.max_length = max_length
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"{self.name}: no EOS token to end documents; set its eos_token")
+        self.tokenizer, self.max_length = tokenizer, max_length
         self.marked_template = _template_with_marks(tokenizer) if tokenizer.chat_template is not None else None
 
-    def encode_stream(self, documents: Iterable[tuple[T, Document]]) -> Iterator[tuple[T, Tokens]]:
-        """Tokenises lazily, a batch at a time; what stands beside each document is passed on."""
-        batch: list[tuple[T, Document]] = []
+    def encode_stream(self, documents: Iterable[Document]) -> Iterator[Tokens]:
+        """Tokenises lazily, a batch at a time."""
+        batch: list[Document] = []
         characters = 0
-        for number, document in documents:
-            batch.append((number, document))
+        for document in documents:
+            batch.append(document)
             characters += document.size
             if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
-                yield from self._encode_batch(batch)
+                yield from self.encode(batch)
                 batch, characters = [], 0
-        yield from self._encode_batch(batch)
-
-    def _encode_batch(self, batch: list[tuple[T, Document]]) -> Iterator[tuple[T, Tokens]]:
-        for (beside, _), tokens in zip(batch, self.encode([d for _, d in batch]), strict=True):
-            yield beside, tokens if self.max_length is None else tokens.cut(self.max_length)
+        yield from self.encode(batch)
 
     def encode(self, documents: list[Document]) -> list[Tokens]:
-        """Tokens of each document, in the same order, at full length.
+        """Tokens of each document, in the same order.
 
         Raises:
             UserError: chats with a tokenizer without a template, or with a template whose turns cannot be told apart.
@@ -88,6 +82,11 @@ class Encoder:
         chats = iter(self._encode_chats([document for document in documents if document.messages]))
         others = iter(self._encode_texts([document for document in documents if not document.messages]))
         return [next(chats if document.messages else others) for document in documents]
+
+    def _tokens(self, document: Document, ids: list[int], trained: np.ndarray) -> Tokens:
+        masked = document.prompt is not None or bool(document.messages)
+        tokens = Tokens(np.array(ids, np.int32), trained, masked, path=document.path, domain=document.domain)
+        return tokens if self.max_length is None else tokens.cut(self.max_length)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
@@ -101,8 +100,7 @@ class Encoder:
             ids = ids if ids[-1:] == [eos] else [*ids, eos]
             # As in TRL: tokens may merge across the boundary, then the completion starts where the two differ.
             start = 0 if document.prompt is None else common_prefix_length(prompt, ids)
-            trained = np.arange(len(ids)) >= start
-            encoded.append(Tokens(np.array(ids, np.int32), trained, masked=document.prompt is not None))
+            encoded.append(self._tokens(document, ids, np.arange(len(ids)) >= start))
         return encoded
 
     def _encode_chats(self, documents: list[Document]) -> list[Tokens]:
@@ -126,7 +124,7 @@ class Encoder:
         for first, last in turns:
             # A token that also holds a character outside the turn is left out; so are empty ones.
             trained |= (starts >= first) & (ends <= last) & (starts < ends)
-        return Tokens(np.array(encoding["input_ids"], np.int32), trained, masked=True)
+        return self._tokens(document, encoding["input_ids"], trained)
 
     def _marked_turns(self, document: Document) -> tuple[str, list[Turn]]:
         """The rendered conversation, and its trained turns by the template's marks.
