@@ -17,21 +17,18 @@ _TEACHER = "without adapters the model must be the original, its teacher, and th
 _ANY_MODEL = 10_000  # layers: the plan's form is checked here, its range when the model is known
 
 
-_Holds = Callable[[float], bool]
-_BOUNDS: list[tuple[str, _Holds, str]] = [  # keys, what holds for their values, the rule
-    ("lora.r", lambda v: v >= 1, "a rank is at least 1, for example 16"),
-    ("loss.kd loss.ce loss.hidden", lambda v: v >= 0, "a weight is 0 or more, for example 1.0"),
-    ("loss.beta", lambda v: 0 <= v <= 1, "between 0 (forward KL) and 1 (reverse KL), for example 0.0"),
-    ("loss.temperature", lambda v: v > 0, "must be above 0, for example 1.0"),
-    ("data.eval_fraction", lambda v: 0 < v < 1, "a share above 0 and below 1, for example 0.02"),
-    ("train.max_steps train.max_steps_float32 train.num_train_epochs", lambda v: v > 0, "must be above 0"),
-    ("train.global_batch_tokens train.max_length train.learning_rate", lambda v: v > 0, "must be above 0"),
-    ("train.gradient_checkpointing_every train.task_steps", lambda v: v > 0, "must be above 0"),
-    ("train.early_stopping_patience", lambda v: v > 0, "must be above 0"),
-    ("evaluate.tokens evaluate.batch_size evaluate.max_new_tokens", lambda v: v >= 1, "must be at least 1"),
-    ("evaluate.generation_tokens evaluate.task_limit", lambda v: v >= 1, "must be at least 1"),
-    ("evaluate.task_batch_size", lambda v: v >= 1, "must be at least 1"),
-    ("evaluate.num_fewshot evaluate.generation_prompts", lambda v: v >= 0, "must be 0 or more"),
+_TRAIN = "max_steps max_steps_float32 num_train_epochs global_batch_tokens max_length learning_rate "
+_TRAIN += "gradient_checkpointing_every task_steps early_stopping_patience"
+_EVALUATE = "tokens batch_size max_new_tokens generation_tokens task_limit task_batch_size"
+_BOUNDS: list[tuple[str, str, Callable[[float], bool], str]] = [  # section, keys, what holds for their values, the rule
+    ("lora", "r", lambda v: v >= 1, "a rank is at least 1, for example 16"),
+    ("loss", "kd ce hidden", lambda v: v >= 0, "a weight is 0 or more, for example 1.0"),
+    ("loss", "beta", lambda v: 0 <= v <= 1, "between 0 (forward KL) and 1 (reverse KL), for example 0.0"),
+    ("loss", "temperature", lambda v: v > 0, "must be above 0, for example 1.0"),
+    ("data", "eval_fraction", lambda v: 0 < v < 1, "a share above 0 and below 1, for example 0.02"),
+    ("train", _TRAIN, lambda v: v > 0, "must be above 0"),
+    ("evaluate", _EVALUATE, lambda v: v >= 1, "must be at least 1"),
+    ("evaluate", "num_fewshot generation_prompts", lambda v: v >= 0, "must be 0 or more"),
 ]
 
 
@@ -42,13 +39,12 @@ def broken_rules(config: Config) -> list[str]:
 
 
 def _bounds(config: Config) -> Iterator[str]:
-    for keys, holds, rule in _BOUNDS:
+    for section, keys, holds, rule in _BOUNDS:
+        values = getattr(config, section)
         for key in keys.split():
-            section, _, name = key.partition(".")
-            values = getattr(config, section)
-            value = values.get(name) if isinstance(values, dict) else getattr(values, name)
+            value = values.get(key) if isinstance(values, dict) else getattr(values, key)
             if value is not None and not holds(value):
-                yield f"{key} {value}: {rule}"
+                yield f"{section}.{key} {value}: {rule}"
 
 
 def _plan(config: Config) -> Iterator[str]:

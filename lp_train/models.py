@@ -174,7 +174,7 @@ def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Modu
     where = where or device()
     dtype, model_config = resolve_dtype(config.dtype, where), load_model_config(config)
     if dropouts := _remove_dropout(model_config):
-        print(f"note: {', '.join(dropouts)} of the base is set to 0, so that its teacher, itself, says the same twice")
+        print(f"note: {', '.join(dropouts)} of the base is set to 0: as its own teacher it must say the same twice")
     kwargs: dict[str, Any] = {"dtype": dtype, "config": model_config}
     kwargs["attn_implementation"] = attention_of(config, model_config)
     if config.quantization == "nf4":
