@@ -271,8 +271,7 @@ def make_report(plan: PairPlan, figures: dict[str, Fidelity], trainer: PairedTra
         "effective_depth": plan.effective_depth,
         "result_step": trainer.result_step,
         **{name: fidelity.as_dict() for name, fidelity in figures.items()},
-        "gap": reports.gap(figures["sequential"], figures["paired"]),
-        "recovery": reports.recovery(figures["sequential"], figures["paired"], figures["recovered"]),
+        **reports.fidelity_sections(figures, plan, data.domains),
         "train": {
             "tokens": tokens,
             "trained_tokens": int(trainer.trained_tokens),
@@ -281,7 +280,6 @@ def make_report(plan: PairPlan, figures: dict[str, Fidelity], trainer: PairedTra
             "tokens_per_second": tokens / seconds,
             "peak_memory_gib": peak_memory_gib(),
         },
-        "evaluation": {"tokens": int(figures["paired"].tokens.sum()), "rows": len(figures["paired"].tokens)},
         "data": data.stats.as_dict(),
         "environment": reports.environment(bench.state.device),
     }

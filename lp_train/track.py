@@ -6,13 +6,14 @@ import importlib.util
 import netrc
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from lp_train.config import TrackConfig
 from lp_train.errors import UserError
-from lp_train.evaluation.report import fidelity_table
+from lp_train.evaluation.tables import fidelity, tables
 
 HOST = "https://api.wandb.ai"
 
@@ -53,20 +54,32 @@ def start(config: TrackConfig, folder: Path, run_name: str) -> str:
     return "wandb"
 
 
-def finish(report: dict[str, Any], folder: Path) -> None:
-    """Puts the report's figures, its table and the plots of the run folder into W&B's run, and closes it. Does nothing
-    without a run."""
+def add(config: TrackConfig, folder: Path, run_name: str, document: Mapping[str, Any]) -> None:
+    """Adds what was measured after a run to its W&B run; nothing where the run was not tracked."""
+    if (folder / "wandb_id").exists() and start(config, folder, run_name) == "wandb":
+        import wandb
+
+        wandb.init()
+        finish(document, folder)
+
+
+def finish(document: Mapping[str, Any], folder: Path) -> None:
+    """Puts the figures and tables of a report or an evaluation and the plots of the run folder into W&B's run, and
+    closes it. Does nothing without a run."""
     if importlib.util.find_spec("wandb") is None:
         return
     import wandb
 
     if wandb.run is None:
         return
+    parts = {**fidelity(document), **{name: document.get(name) or {} for name in ("recovery", "train")}}
     for name in ("sequential", "paired", "recovered", "recovery", "train"):
-        for key, value in report[name].items():
+        for key, value in parts.get(name, {}).items():
             wandb.run.summary[f"{name}/{key}"] = value
-    table = fidelity_table([report])
-    shown: dict[str, Any] = {"report": wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])}
+    shown: dict[str, Any] = {}
+    for name, table in tables(document).items():
+        columns: list[str | int] = [column.replace("\n", ", ") for column in table.columns]
+        shown[f"tables/{name}"] = wandb.Table(columns=columns, data=[list(row) for row in table.rows])
     shown |= {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))}
     wandb.log(shown)
     wandb.finish()

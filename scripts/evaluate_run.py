@@ -9,8 +9,8 @@ A few minutes on a CPU, without a run and without task files:
 
     python scripts/evaluate_run.py configs/demo.yaml evaluate.tokens=2048
 
-The configuration gives base, held-out text and tasks; each run brings its own plan. Writes evaluation.json and
-items.jsonl.gz into each run's folder, or into --output, and prints a Markdown table. configs/tasks/ lists the tasks.
+The configuration gives base, held-out text and tasks; each run brings its own plan. Writes evaluation.json,
+items.jsonl.gz and the report into each run's folder, or into --output. recipes/evaluation.md lists the tasks.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if importlib.util.find_spec("lm_eval") is None:
 
 from accelerate import PartialState
 
-from lp_train import models
+from lp_train import models, track
 from lp_train.config import load_config
 from lp_train.errors import UserError
-from lp_train.evaluation import page
-from lp_train.evaluation.report import fidelity_table, task_table
+from lp_train.evaluation.page import plain
 from lp_train.evaluation.run import evaluate, write
 from lp_train.evaluation.runs import refresh
+from lp_train.evaluation.tables import fidelity_table, task_table
 from lp_train.finetune import check_engine, quieten_libraries, use_all_cores
 
 
@@ -72,16 +72,14 @@ def run(options: argparse.Namespace) -> None:
     say = print if state.is_main_process else lambda *_: None
     documents = evaluate(config, folders, state, options.pool, say)
     if state.is_main_process:
-        for document, folder in zip(documents, [*folders, output], strict=False):
+        targets = [*folders, output][: len(documents)]
+        for document, folder in zip(documents, targets, strict=True):
             write(folder, document)
             refresh(folder)
+            track.add(config.track, folder, config.name, document)
         tables = [fidelity_table(documents)] + [task_table(documents)] * bool(documents[0]["tasks"])
-        print(
-            "\n"
-            + "\n\n".join(map(page.table, tables))
-            + "\n\nwritten: "
-            + ", ".join(f"{folder}/evaluation.json" for _, folder in zip(documents, [*folders, output], strict=False))
-        )
+        print("\n" + "\n\n".join(map(plain, tables)) + "\n")
+        print("report " + ", ".join(f"{folder}/report.md and report.html" for folder in targets))
     state.wait_for_everyone()
     state.destroy_process_group()
 

@@ -1,15 +1,12 @@
 """The relative error of the residual stream after each pair, against layers called by hand."""
 
-import contextlib
-
 import pytest
 import torch
 from test_fidelity import LENGTH, packed_rows, with_adapter
 from transformers import LlamaForCausalLM
 
 from lp_train.data import RowCollator
-from lp_train.evaluation.drift import drift
-from lp_train.evaluation.fidelity import as_it_is
+from lp_train.evaluation.fidelity import as_it_is, measure
 from lp_train.pairing import adapters_off, sequential
 
 VARIANTS = {"sequential": sequential, "paired": adapters_off, "recovered": as_it_is}
@@ -21,7 +18,7 @@ def test_the_error_after_a_pair(tiny_llama: LlamaForCausalLM) -> None:
     model = with_adapter(tiny_llama).train()
     rows, collate = packed_rows(model.config.vocab_size), RowCollator(LENGTH, pad_token_id=3)
     batches = [collate([rows[i] for i in part]) for part in ((0, 1, 2), (3, 4))]
-    found = drift(model, batches, VARIANTS, contextlib.nullcontext)
+    found = measure(model, rows.select(range(5)), collate, 3, VARIANTS)
     assert model.training
     model.eval()
     streams: list[torch.Tensor] = []
@@ -41,6 +38,6 @@ def test_the_error_after_a_pair(tiny_llama: LlamaForCausalLM) -> None:
             difference = (ours - original)[:, :-1][followed].double().norm(dim=-1)
             errors.append(difference / original[:, :-1][followed].double().norm(dim=-1))
         expected = float(torch.cat(errors).mean())
-        assert found[name] == pytest.approx([expected], rel=1e-5)
+        assert found[name].drift == pytest.approx([expected], rel=1e-5)
         assert (expected == 0) == (name == "sequential")
     hook.remove()

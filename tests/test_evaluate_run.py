@@ -79,8 +79,8 @@ def test_one_run(place: Path, run: Callable[..., str]) -> None:
     nats = perplexity["comparisons"]["paired"]
     assert perplexity["unit"] == "nats" and nats["retained"] is None
     assert np.exp(nats["original"]) == pytest.approx(perplexity["results"]["sequential"]["word_perplexity"])
-    assert "| recovered | 4 |" in printed and "| arc_easy_local (acc) | 12 | 0 |" in printed
-    assert "n.s." in printed and " nats" in printed
+    assert "| recovered | 4 |" in printed and "| arc_easy acc, 12 items, 0-shot, chance 25 |" in printed
+    assert "n.s." in printed and "wikitext word_perplexity, 12 items" in printed
 
 
 def test_runs_side_by_side_are_those_alone(place: Path, run: Callable[..., str]) -> None:
@@ -94,8 +94,8 @@ def test_runs_side_by_side_are_those_alone(place: Path, run: Callable[..., str])
         for section in ("tasks", "groups", "fidelity"):
             assert found[section] == expected[section], (name, section)
         assert found["plan"]["pairs"] == json.loads((place / name / "report.json").read_text())["plan"]["pairs"]
-        assert f"| {name}: recovered | {found['effective_depth']} |" in printed
-    assert "| seven, mean |" in printed
+        assert f"| recovered {name} | {found['effective_depth']} |" in printed
+    assert "| seven mean of 7 tasks |" in printed
     shares = alone["full"]["groups"]["seven"]["shares"]
     assert sum(shares.values()) == pytest.approx(1) and len(shares) == 7
     report = json.loads((place / "full" / "report.json").read_text())
@@ -116,18 +116,26 @@ def test_seeds_are_pooled(place: Path, run: Callable[..., str]) -> None:
     kl = [of_run["fidelity"]["recovered"]["kl"] for of_run in runs]
     assert pooled["fidelity"]["recovered"]["kl"] == pytest.approx(np.mean(kl))
 
+    def of_text(document: dict[str, Any]) -> list[float]:
+        buckets = document["fidelity_by_position"]["buckets"]
+        return [b["models"]["recovered"]["kl"] for b in buckets] + [p["recovered"] for p in document["drift"]["pairs"]]
+
+    assert of_text(pooled) == pytest.approx(np.mean([of_text(of_run) for of_run in runs], axis=0))
+    assert of_text(runs[0]) != of_text(runs[1])
+
 
 def test_without_a_run_the_pairs_of_the_configuration(place: Path, run: Callable[..., str]) -> None:
     printed = run("plan.pairs=[[1, 2]]", "--output", str(place / "untuned"))
     found = result(place / "untuned")
     assert found["plan"]["pairs"] == [[1, 2]] and found["fidelity"].keys() == {"sequential", "paired"}
-    assert found["tasks"] == {} and "task |" not in printed
+    assert found["tasks"] == {} and "| task |" not in printed
     names = {"evaluation.json", "items.jsonl.gz", "plots", "report.html", "report.md"}
     assert {path.name for path in (place / "untuned").iterdir()} == names
 
 
 def test_mistakes(place: Path, run: Callable[..., str], tmp_path: Path) -> None:
     assert "there is no such folder" in run(str(tmp_path / "none"), code=2)
+    assert "nothing in it says which layers were paired" in run(str(tmp_path), code=2)
     assert (
         run("seed0", "--pool", code=2)
         == "error: --pool: the mean of several runs needs a folder; add --output FOLDER\n"

@@ -1,11 +1,15 @@
 """The report's pages: self-contained, complete where everything was measured, silent where it was not."""
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import tiny_run
 import yaml
@@ -14,12 +18,16 @@ from transformers import PreTrainedTokenizerFast
 
 import evaluate_run
 import report as report_command
-from lp_train import finetune
+from lp_train import finetune, track
+from lp_train.config import TrackConfig
 from lp_train.evaluation import page
-from lp_train.evaluation.page import Commands, Plot, Table
+from lp_train.evaluation import report as reports
+from lp_train.evaluation.page import Table, literal
+from lp_train.evaluation.statistics import compare
+from lp_train.evaluation.tables import fidelity_table, task_table
 
-HEADINGS = ["Recovery over training", "Memory and speed", "Environment", "To reproduce"]
-EVALUATED = ["Tasks", "Drift by layer", "By position in the document", "By domain", "Greedy answers"]
+TEXT = ["By position in the document", "Drift by layer"]
+REST = ["Memory and speed", "Environment", "To reproduce"]
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +55,17 @@ def headings(folder: Path) -> list[str]:
 
 
 def test_what_was_not_measured_has_no_section(runs: dict[str, Path]) -> None:
-    assert headings(runs["plain"]) == HEADINGS
-    assert headings(runs["deep"]) == [HEADINGS[0], *EVALUATED, *HEADINGS[1:]]
+    assert headings(runs["plain"]) == ["Recovery over training", *TEXT, *REST]
+    assert headings(runs["deep"]) == ["Recovery over training", "Tasks", "Greedy answers", *TEXT, *REST]
 
 
 def test_the_page_needs_no_other_file_and_holds_what_the_markdown_holds(runs: dict[str, Path]) -> None:
     text, markdown = (runs["deep"] / "report.html").read_text(), (runs["deep"] / "report.md").read_text()
-    assert not re.findall(r"(?:src|srcset|href)=\"(?!data:image/png;base64,)", text) and "http" not in text
+    assert not re.findall(r"\b(?:src|srcset|href)=\"(?!#)|url\((?!#)|@import", text) and "http" not in text
     assert re.findall(r"<h2>(.*?)</h2>", text) == headings(runs["deep"])
     for file in re.findall(r"]\((plots/.*?)\)", markdown):
         assert (runs["deep"] / file).read_bytes().startswith(b"\x89PNG")
-    assert text.count("<picture>") == markdown.count("](plots/") == 6
+    assert text.count("<svg") == markdown.count("](plots/") == 5
     kl = json.loads((runs["deep"] / "evaluation.json").read_text())["fidelity"]["paired"]["kl"]
     assert f"{kl:.4f}" in text and f"{kl:.4f}" in markdown
 
@@ -82,12 +90,54 @@ def test_several_runs_side_by_side(runs: dict[str, Path], tmp_path: Path, capsys
     assert report_command.main([str(runs["deep"]), str(runs["flat"]), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert (
-        "| deep: recovered | 5 |" in printed and "| flat: recovered | 3 |" in printed and "| seven, mean |" in printed
+        "| recovered deep | 5 |" in printed and "| recovered flat | 3 |" in printed and "| seven mean of 7" in printed
     )
     assert (out / "plots" / "depth.png").exists() and "seven, %" in (out / "report.md").read_text()
     assert report_command.main([str(runs["plain"]), str(runs["flat"]), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "seven" not in printed and "| plain: recovered | 4 |" in printed
+    assert "seven" not in printed and "| recovered plain | 4 |" in printed
+
+
+def test_each_original_has_its_row_and_the_control_stays() -> None:
+    def run(name: str, nll: float) -> dict[str, Any]:
+        f = {"nll": nll, "ppl": 9.0, "kl": 0.0, "top1_agreement": 1.0}
+        return {
+            "name": name,
+            "plan": {"num_layers": 6},
+            "effective_depth": 4,
+            "fidelity": {"sequential": f, "paired": f},
+        }
+
+    control = {"nll": 2.0, "ppl": 9.0, "kl": 0.0, "top1_agreement": 1.0}
+    shown = fidelity_table([{**run("a", 2.5), "control": control}, run("b", 2.5), run("c", 3.0)]).rows
+    assert [row[0].replace("\n", " ") for row in shown] == [
+        "original",
+        "untuned pairs a",
+        "control (not paired) a",
+        "untuned pairs b",
+        "original c",
+        "untuned pairs c",
+    ]
+
+
+def test_a_tracked_run_gets_later_tables(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: dict[str, Any] = {}
+    fake = SimpleNamespace(run=SimpleNamespace(summary={}), init=lambda: None, finish=lambda: None)
+    fake.Table, fake.Image, fake.log = (lambda columns, data: (columns, data)), str, logged.update
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: name)
+    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.setenv(name, "")
+    document = json.loads((runs["deep"] / "evaluation.json").read_text())
+    track.add(TrackConfig(wandb="offline"), runs["deep"], "deep", document)
+    assert not logged  # this run was not tracked
+    folder = shutil.copytree(runs["deep"], tmp_path / "tracked")
+    (folder / "wandb_id").write_text("abc")
+    track.add(TrackConfig(wandb="offline"), folder, "deep", document)
+    assert os.environ["WANDB_RUN_ID"] == "abc" and logged.keys() >= {"tables/tasks", "tables/answers", "plots/tasks"}
+    assert fake.run.summary["recovered/kl"] == document["fidelity"]["recovered"]["kl"]
 
 
 def test_mistakes(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,18 +152,36 @@ def test_mistakes(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureF
     assert "not JSON" in refused(str(broken))
 
 
-@pytest.fixture
-def drawn(tmp_path: Path) -> Callable[[], Plot]:
-    def make() -> Plot:
-        (tmp_path / "p.png").write_bytes(b"light")
-        return Plot("p.png", b"dark", "a <plot>")
+def test_foreign_text_is_no_markup(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "p.svg").write_text("<svg>drawn</svg>")
+    foreign = "<b> & **bold** | `code` [link](http://x)\n# line"
+    table = Table(("x", "y", "z"), [("a", literal(foreign), "1\n2")], numbers=2)
+    text = page.html("<T>", f"{literal(foreign)}\n\n{table}\n\n![a plot](plots/p.png)\n", tmp_path)
+    assert text.count("&lt;b&gt; &amp; **bold** | `code` [link](http://x)") == 2 and "&lt;T&gt;" in text
+    assert '<figure role="img" aria-label="a plot"><svg>drawn</svg></figure>' in text
+    assert "1<br><small>2</small></td>" in text
+    assert page.plain(table).endswith("| 1 2 |")
 
-    return make
 
-
-def test_blocks_escape_what_would_be_markup(tmp_path: Path, drawn: Callable[[], Plot]) -> None:
-    blocks = ["a < b", Table(("x", "y"), [("<b>|", "1\n2")]), drawn(), Commands("run a && b")]
-    text, markdown = page.html("<T>", [("", blocks)], tmp_path), page.markdown("T", [("", blocks)])
-    assert "&lt;T&gt;" in text and "a &lt; b" in text and "&lt;b&gt;|" in text and "a &amp;&amp; b" in text
-    assert "bGlnaHQ=" in text and "ZGFyaw==" in text  # light, dark
-    assert "| &lt;b>\\| | 1<br>2 |" in markdown and "```bash\nrun a && b\n```" in markdown
+@pytest.mark.parametrize(
+    ("original", "other", "cell"),
+    [
+        ([1, 1, 1, 0] * 50, [1, 1, 0, 0] * 50, "50.0\n−25.0 [−31.0, −19.0]"),
+        ([1, 0] * 9, [0, 1] * 9, "50.0\n+0.0 ["),
+        ([1], [0], "0.0\n"),
+    ],
+)
+def test_a_difference_inside_its_error_is_shown_as_such(original: list[int], other: list[int], cell: str) -> None:
+    comparison = compare(np.array(original), np.array(other), chance=0.25).as_dict()
+    task = {"items": len(other), "num_fewshot": 0, "metric": "acc", "chance": 0.25, "unit": "share"}
+    document = {
+        "plan": {"num_layers": 6},
+        "effective_depth": 5,
+        "fidelity": {"sequential": {}, "paired": {}},
+        "tasks": {"t": {**task, "comparisons": {"paired": comparison}}},
+        "groups": {},
+    }
+    _, shown, found, _ = json.loads(reports.as_json({"rows": task_table([document]).rows}))["rows"][0]
+    assert found.startswith(cell) and found.endswith("n.s.") == (not comparison["differs"])
+    assert comparison["differs"] == (len(other) == 200)

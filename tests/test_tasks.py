@@ -1,4 +1,4 @@
-"""Tasks on variants of one model: prompts as lm-eval's own, numbers as plain ``HFLM``'s, mistakes in one line."""
+"""Tasks on variants of one model: prompts as lm-eval's own, numbers as plain ``HFLM``'s."""
 
 import importlib.util
 import json
@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,8 +139,8 @@ def test_few_shot_examples_are_other_items_of_the_same_file(name: str, files: Pa
         assert len(parts) == 4
         shots = [next(t for t in texts if t in part) for part in parts[:3]]
         assert texts[i] not in shots and len(set(shots)) == 3
-    assert built.describe()["fewshot_source"] == "the evaluated file, without the item itself"
-    assert built.describe()["num_fewshot"] == 3
+    assert built.fewshot_source == "the evaluated file, without the item itself"
+    assert built.task.config.num_fewshot == 3
 
 
 def test_mmlu_takes_the_first_development_items_of_its_subject(files: Path) -> None:
@@ -152,7 +151,7 @@ def test_mmlu_takes_the_first_development_items_of_its_subject(files: Path) -> N
         asked = doc["subject"].replace(" ", "_")
         assert all(shot.startswith(f"{asked} dev") for shot in shots) and len(shots) == 2
         assert last.startswith(f"{asked} test")
-    assert built.describe()["fewshot_source"] == "development items of the item's subject"
+    assert built.fewshot_source == "development items of the item's subject"
 
 
 def test_groups(files: Path) -> None:
@@ -237,6 +236,12 @@ def test_generated_answers_are_those_of_plain_hflm(
     assert all(len(values) == len(expected) for values in metrics.values())
 
 
+def test_bytes_of_a_cached_token(tiny_llama: LlamaForCausalLM) -> None:
+    cache = tiny_llama(torch.ones(1, 5, dtype=torch.int64), use_cache=True).past_key_values
+    expected = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values)) / 5
+    assert harness.cache_bytes_per_token(tiny_llama) == expected
+
+
 def test_nothing_else_of_the_model_changes(
     files: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -314,70 +319,6 @@ def test_two_processes_give_the_results_of_one(
         found[world] = [json.loads((tmp_path / f"world{world}-{rank}").read_text()) for rank in range(world)]
         assert all(result.pop("world") == world for result in found[world])
     assert found[2] == [found[1][0], found[1][0]]
-
-
-# --- mistakes --------------------------------------------------------------------------------------------------------
-
-
-def change(files: Path, name: str, row: dict[str, Any] | None) -> None:
-    path = files / name
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("" if row is None else "".join(json.dumps(r) + "\n" for r in [rows[0], {**rows[1], **row}]))
-
-
-@pytest.mark.parametrize(
-    ("task", "row", "message"),
-    [
-        ("arc_easy_local", {"gold": 4}, "arc_easy.jsonl, item 2: gold 4 is out of range; there are 4 choices"),
-        ("arc_easy_local", {"gold": -1}, "gold -1 is out of range"),
-        ("arc_easy_local", {"gold": "A"}, "item 2: gold holds str, not int"),
-        ("arc_easy_local", {"query": None}, "query holds NoneType, not str; columns are query, choices, gold"),
-        ("arc_easy_local", {"choices": ["one"]}, "choices is not a list of two or more texts"),
-        ("winogrande_local", {"gold": 2}, "gold 2 is out of range; there are 2 choices"),
-        ("hellaswag_local", {"query": 3}, "query holds int, not str"),
-        ("lambada_local", None, "lambada.jsonl: the file is empty"),
-    ],
-)
-def test_a_wrong_file_is_one_line(tmp_path: Path, task: str, row: dict[str, Any] | None, message: str) -> None:
-    files = write_eval_files(tmp_path / "files")
-    change(files, f"{task.removesuffix('_local')}.jsonl", row)
-    refused(files, message, task)
-
-
-def refused(files: Path | None, message: str, *tasks: str, **options: Any) -> None:
-    with pytest.raises(UserError) as error:
-        load_suite(EvaluateConfig(tasks=list(tasks), task_data=files and str(files), **options))
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_missing_and_broken_files(tmp_path: Path) -> None:
-    files = write_eval_files(tmp_path / "files")
-    refused(None, "evaluate.task_data null: the folder with piqa.jsonl", "piqa_local")
-    refused(tmp_path / "none", "no such folder", "piqa_local")
-    (files / "piqa.jsonl.xz").unlink()
-    refused(files, "no piqa.jsonl in it; add the file or leave the task out", "piqa_local")
-    (files / "blimp.tar.xz").write_bytes(b"no archive")
-    refused(files, "blimp.tar.xz: cannot be read", "blimp_local")
-    with zipfile.ZipFile(files / "mmlu.zip", "w") as archive:
-        archive.writestr("data/test/anatomy_test.csv", "question,a,b,c,d,E\n")
-    refused(files, "no data/dev/anatomy_dev.csv in it", "mmlu_local")
-    with zipfile.ZipFile(files / "mmlu.zip", "a") as archive:
-        archive.writestr("data/dev/anatomy_dev.csv", "question,a,b,c,d,A\n")
-    refused(files, "item 1: not a question, four choices and a letter A-D", "mmlu_local")
-    (files / "wikitext2.test.txt").write_text("no article\n")
-    refused(files, "wikitext2.test.txt: no item in it", "wikitext_local")
-
-
-@pytest.mark.slow
-def test_unknown_names(files: Path) -> None:
-    """Slow: lm-eval lists all its own tasks."""
-    refused(files, "evaluate.tasks 'hellaswag_locl': no such task, group or file; did you mean hella", "hellaswag_locl")
-
-
-def test_names_twice_and_too_many_examples(files: Path) -> None:
-    refused(files, "name each task once", "seven", "piqa_local")
-    refused(files, "task piqa_local has 6 items to take examples from", "piqa_local", num_fewshot=6)
-    refused(files, "evaluate.num_fewshot 6: MMLU has 5 examples", "mmlu_local", num_fewshot=6)
 
 
 @pytest.mark.parametrize("task", ["piqa_local", "gsm8k_local"])

@@ -14,13 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lp_train.config import Config
 from lp_train.data import Data
-from lp_train.evaluation.answers import answer
-from lp_train.evaluation.drift import drift
 from lp_train.evaluation.fidelity import Fidelity, Variant, measure
-from lp_train.evaluation.generation import Answers, answer_all, prompts_of
+from lp_train.evaluation.generation import Answers, answer, answer_all, prompts_of
 from lp_train.pairing import sequential
-
-DRIFT_ROWS = 32  # a mean over so many tokens hardly moves
 
 
 @dataclass(frozen=True)
@@ -44,48 +40,32 @@ class Bench:
 
     def measure(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, Fidelity]:
         """The original (``sequential``) and each variant on the run's held-out rows; all processes take part."""
-        size, state = self.config.evaluate.batch_size, self.state
-        return measure(
-            model,
-            self.data.eval,
-            self.collate,
-            size,
-            variants,
-            self.autocast,
-            state.process_index,
-            state.num_processes,
-            len(self.data.domains),
-        )
-
-    def drift(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, list[float]]:
-        """After each pair, on the first ``DRIFT_ROWS`` held-out rows; all processes take part."""
-        rows, state, size = self.data.eval, self.state, self.config.evaluate.batch_size
-        mine = range(state.process_index, min(len(rows), DRIFT_ROWS), state.num_processes)
-        batches = (self.collate([rows[i] for i in mine[start : start + size]]) for start in range(0, len(mine), size))
-        on_device = ({name: tensor.to(state.device) for name, tensor in batch.items()} for batch in batches)
-        return drift(model, on_device, variants, self.autocast)
+        size, where = self.config.evaluate.batch_size, (self.state.process_index, self.state.num_processes)
+        domains = len(self.data.domains)
+        return measure(model, self.data.eval, self.collate, size, variants, self.autocast, *where, domains)
 
     def generate(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, variants: Mapping[str, Variant]
     ) -> dict[str, Answers]:
-        """Greedy answers to the beginnings of held-out documents, of the original (``sequential``) and each variant."""
-        options, state = self.config.evaluate, self.state
+        """Greedy answers to the beginnings of held-out documents, of the original (``sequential``) and each variant;
+        empty without ``evaluate.generation_prompts`` or where all documents are too short."""
+        options, where = self.config.evaluate, (self.state.process_index, self.state.num_processes)
         prompts = prompts_of(self.data.eval, options.generation_prompts)
         if not len(prompts):
             return {}
         given = {"sequential": sequential, **variants}
-        where = (options.batch_size, self.autocast, state.process_index, state.num_processes)
-        return answer_all(model, tokenizer, prompts, options.generation_tokens, given, *where)
+        how = (options.batch_size, self.autocast, *where)
+        return answer_all(model, tokenizer, prompts, options.generation_tokens, given, *how)
 
     def answers(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, variants: Mapping[str, Variant]
     ) -> dict[str, str]:
-        """``evaluate.prompt`` answered by each variant, on the main process; empty without a prompt."""
-        prompt = self.config.evaluate.prompt
-        if prompt is None or not self.state.is_main_process:
+        """``evaluate.prompt`` answered by each variant, on every process; empty without a prompt."""
+        options = self.config.evaluate
+        if options.prompt is None:
             return {}
-        found = {"prompt": prompt}
+        found = {"prompt": options.prompt}
         for name, variant in variants.items():
             with variant(model), self.autocast():
-                found[name] = answer(model, tokenizer, self.config.evaluate)
+                found[name] = answer(model, tokenizer, options.prompt, options.max_new_tokens)
         return found

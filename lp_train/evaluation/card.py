@@ -7,8 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from lp_train.evaluation.page import table as as_markdown
-from lp_train.evaluation.report import sentence, table, task_table
+from lp_train.evaluation.tables import sentence, tables
 
 LOADERS = {"lora": ("peft", "PeftModel"), "full": ("transformers", "AutoModelForCausalLM")}
 
@@ -23,7 +22,8 @@ def model_card(report: Mapping[str, Any], base: str, evaluation: Mapping[str, An
         model_name=report["name"],
         eval_results=_results(report, evaluation or {}),
     )
-    tasks = f"\n{as_markdown(task_table([evaluation]))}\n" if evaluation and evaluation["tasks"] else ""
+    shown = tables({**report, **(evaluation or {})})
+    figures = "\n\n".join(str(shown[name]) for name in ("fidelity", "tasks") if name in shown)
     return f"""---
 {head.to_yaml()}
 ---
@@ -42,29 +42,18 @@ model, tokenizer = lp_train.load("path/to/this/folder")
 
 {sentence(report)}
 
-{table(report)}
-{tasks}"""
+{figures}
+"""
 
 
 def _results(report: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[EvalResult]:
     """The recovered model's held-out figures, and its tasks where they were run."""
-    names = {"ppl": ("perplexity", "perplexity"), "kl": ("kl_divergence", "KL to the original, nats per token")}
-    found = [
-        ("held-out text", "held-out", name, title, report["recovered"][key]) for key, (name, title) in names.items()
-    ]
+    figures = report["recovered"]
+    found = [("held-out text", "held-out", "perplexity", "perplexity", figures["ppl"])]
+    found += [("held-out text", "held-out", "kl_divergence", "KL to the original, nats per token", figures["kl"])]
     for task, of_task in evaluation.get("tasks", {}).items():
         if (results := of_task["results"].get("recovered")) is not None:
             metric = of_task["metric"]
-            title = f"{metric}, {of_task['num_fewshot']}-shot"
-            found.append((task, task, metric, title, results[metric]))
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_name=dataset,
-            dataset_type=kind,
-            metric_type=metric,
-            metric_name=title,
-            metric_value=value,
-        )
-        for dataset, kind, metric, title, value in found
-    ]
+            found.append((task, task, metric, f"{metric}, {of_task['num_fewshot']}-shot", results[metric]))
+    names = ("dataset_name", "dataset_type", "metric_type", "metric_name", "metric_value")
+    return [EvalResult(task_type="text-generation", **dict(zip(names, row, strict=True))) for row in found]

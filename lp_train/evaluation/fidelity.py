@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lp_train.data.rows import IGNORED
 from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.distill.replay import run_original, run_suffix
+from lp_train.pairing import plan_of
 
 Variant = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 FIRST_BUCKET, BUCKETS = 3, 16  # of positions: up to 15 tokens of context, then doubling
@@ -28,6 +28,30 @@ FIRST_BUCKET, BUCKETS = 3, 16  # of positions: up to 15 tokens of context, then 
 def as_it_is(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """The variant that leaves the model as it is switched: pairs side by side, adapters on."""
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside: evaluation mode and no gradients. Afterwards the random state is as before, and each module's mode."""
+    modes, where = [(module, module.training) for module in model.modules()], next(model.parameters()).device
+    try:
+        with torch.no_grad(), torch.random.fork_rng([where] if where.type == "cuda" else []):
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def shared_out(count: int, size: int, rank: int, world_size: int) -> Iterator[tuple[range, bool]]:
+    """This process's batches of ``count`` items, ``size`` in each, and whether a batch counts.
+
+    All processes get as many, where there are no more one for nothing: sharded weights need every process in every
+    forward. The batches are those of a single process, so that results are too."""
+    starts = range(0, count, size)
+    for i in range(rank, -(-len(starts) // world_size) * world_size, world_size):
+        start = starts[i % len(starts)]
+        yield range(start, min(start + size, count)), i < len(starts)
 
 
 @dataclass(frozen=True)
@@ -40,6 +64,12 @@ class Fidelity:
     kl_sums: np.ndarray
     agreements: np.ndarray
     cells: np.ndarray  # [domains, buckets, 4]: the same sums by the document's domain and by position in it
+    drift: np.ndarray  # [pairs]: |h - h_original| / |h_original| of the stream after each, mean over those tokens
+
+    @classmethod
+    def mean(cls, seeds: Sequence[Fidelity]) -> Fidelity:
+        """Of several seeds of one recipe on the same rows."""
+        return cls(*(np.mean([getattr(seed, f.name) for seed in seeds], axis=0) for f in fields(cls)))
 
     @property
     def nll(self) -> float:
@@ -87,10 +117,9 @@ def standard_error(sums: np.ndarray, tokens: np.ndarray) -> float:
     return float(np.sqrt(((sums - ratio * tokens) ** 2).sum() * rows / (rows - 1)) / tokens.sum())
 
 
-@torch.no_grad()
 def measure(
     model: nn.Module,
-    rows: Dataset,
+    rows: Dataset | Sequence[Any],
     collate: Callable[[Sequence[Any]], dict[str, Tensor]],
     batch_size: int,
     variants: Mapping[str, Variant],
@@ -102,71 +131,70 @@ def measure(
     """Runs the original once and each variant from the first pair on; returns their figures and ``sequential``'s.
 
     The rows are shared out over ``world_size`` processes and every process gets the whole result. Train mode and
-    random state of the model come back as they were.
+    random state come back as they were. The device is not waited for between batches.
     """
-    was_training, where = model.training, next(model.parameters()).device
-    model.eval()
-    names = ("sequential", *variants)
-    head, mine = Head.of(model), list(range(rank, len(rows), world_size))
-    found: list[tuple[int, dict[str, list[float]]]] = []
-    cells = {name: torch.zeros(domains * BUCKETS, 4, dtype=torch.float64, device=where) for name in names}
-    starts = range(0, len(mine), batch_size)
-    for start in tqdm(starts, desc="measuring", disable=rank > 0 or len(starts) < 4, leave=False):
-        indices = mine[start : start + batch_size]
-        batch = {name: tensor.to(where) for name, tensor in collate([rows[i] for i in indices]).items()}
-        trained = batch["labels"][:, 1:] != IGNORED
-        row_of = trained.nonzero()[:, 0]
-        cell_of = _cells(batch)[trained]
-        with autocast():
-            figures = _figures(model, batch, trained, head, variants)
-        for name, values in figures.items():
-            cells[name].index_add_(0, cell_of, values)
-        sums = {
-            name: values.new_zeros(len(indices), 4).index_add_(0, row_of, values) for name, values in figures.items()
-        }
-        for row, index in enumerate(indices):
-            found.append((index, {name: values[row].tolist() for name, values in sums.items()}))
-    model.train(was_training)
-    everything = sorted(gather_object(found), key=lambda item: item[0])
-    return {
-        name: _gathered([values[name] for _, values in everything], cells[name].view(domains, BUCKETS, 4))
-        for name in names
-    }
+    names, where, pairs = ("sequential", *variants), next(model.parameters()).device, len(plan_of(model)[0].pairs)
+    shapes = ((len(rows), 4), (domains * BUCKETS, 4), (pairs,))
+    sums = {name: [torch.zeros(s, dtype=torch.float64, device=where) for s in shapes] for name in names}
+    batches = list(shared_out(len(rows), batch_size, rank, world_size))
+    with evaluating(model):
+        for indices, counts in tqdm(batches, desc="measuring", disable=rank > 0 or len(batches) < 4, leave=False):
+            batch = {name: tensor.to(where) for name, tensor in collate([rows[i] for i in indices]).items()}
+            row_of = batch["trained"] // batch["labels"].shape[1] + indices.start
+            with autocast():
+                figures, drifts = _figures(model, batch, variants)
+            for name in names if counts else ():
+                of_rows, of_cells, of_pairs = sums[name]
+                of_rows.index_add_(0, row_of, figures[name])
+                of_cells.index_add_(0, _cells(batch), figures[name])
+                of_pairs += drifts[name]
+    return {name: _gathered(*reduce(of_model, "sum")) for name, of_model in sums.items()}
 
 
-def _gathered(rows: list[list[float]], cells: Tensor) -> Fidelity:
-    tokens, nll, kl, agreements = np.array(rows, dtype=np.float64).T
-    return Fidelity(tokens, nll, kl, agreements, reduce(cells, "sum").cpu().numpy())
+def _gathered(rows: Tensor, cells: Tensor, drifts: Tensor) -> Fidelity:
+    tokens, nll, kl, agreements = rows.T.cpu().numpy()
+    by_domain = cells.view(-1, BUCKETS, 4).cpu().numpy()
+    return Fidelity(tokens, nll, kl, agreements, by_domain, drifts.cpu().numpy() / max(tokens.sum(), 1))
 
 
 def _cells(batch: dict[str, Tensor]) -> Tensor:
-    """[B, T - 1]: the place of each predicted token among domains x buckets."""
-    context = batch["position_ids"][:, 1:].clamp(min=1)
+    """[N]: the place of each predicted token among domains x buckets."""
+    predicted = batch["trained"] + 1
+    context = batch["position_ids"].flatten()[predicted].clamp(min=1)
     buckets = (context.double().log2().floor().long() - FIRST_BUCKET).clamp(0, BUCKETS - 1)
-    return buckets + BUCKETS * batch["domain"][:, 1:].clamp(min=0) if "domain" in batch else buckets
+    return buckets + BUCKETS * batch["domain"].flatten()[predicted].clamp(min=0) if "domain" in batch else buckets
 
 
 def _figures(
-    model: nn.Module, batch: dict[str, Tensor], trained: Tensor, head: Head, variants: Mapping[str, Variant]
-) -> dict[str, Tensor]:
-    """For the original and each variant: [N, 4] of 1, NLL, KL and agreement of each token that ``trained`` names."""
-    recording = run_original(model, batch)
-    assert recording.final is not None
-    hidden = {"sequential": recording.final}
+    model: nn.Module, batch: dict[str, Tensor], variants: Mapping[str, Variant]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the original and each variant [N, 4]: 1, NLL, KL and agreement of each of the batch's N predicted tokens; and
+    [pairs]: the relative error of the stream after each, summed over the tokens that predict them."""
+    recording, head, trained = run_original(model, batch, keep_pair_outputs=True), Head.of(model), batch["trained"]
+    originals = [states.flatten(0, 1)[trained] for _, states in sorted(recording.pair_outputs.items())]
+    hidden = {"sequential": recording.final.flatten(0, 1)[trained]}
+    drifts = {"sequential": torch.zeros(len(originals), device=trained.device)}
     for name, variant in variants.items():
         with variant(model):
-            hidden[name], _ = run_suffix(model, recording)
-    labels = batch["labels"][:, 1:][trained]
-    flat = {name: states[:, :-1][trained] for name, states in hidden.items()}
+            final, outputs = run_suffix(model, recording)
+        hidden[name] = final.flatten(0, 1)[trained]
+        ours = [states.flatten(0, 1)[trained] for _, states in sorted(outputs.items())]
+        drifts[name] = torch.stack([_relative_errors(*pair).sum() for pair in zip(ours, originals, strict=True)])
+    labels = batch["labels"].flatten()[trained + 1]
     figures = {name: torch.empty(len(labels), 4, dtype=torch.float64, device=labels.device) for name in hidden}
     rows = rows_per_chunk(labels.device)
     for start in range(0, len(labels), rows):
-        part = slice(start, start + rows)
-        original = F.log_softmax(head.logits(flat["sequential"][part]), -1)
-        for name, states in flat.items():
-            ours = original if name == "sequential" else F.log_softmax(head.logits(states[part]), -1)
-            figures[name][part] = _token_figures(original, ours, labels[part])
-    return figures
+        chunk = slice(start, start + rows)
+        original = F.log_softmax(head.logits(hidden["sequential"][chunk]), -1)
+        for name, states in hidden.items():
+            this = original if name == "sequential" else F.log_softmax(head.logits(states[chunk]), -1)
+            figures[name][chunk] = _token_figures(original, this, labels[chunk])
+    return figures, drifts
+
+
+def _relative_errors(ours: Tensor, original: Tensor) -> Tensor:
+    """[N, D] twice -> [N]."""
+    return (ours.float() - original.float()).norm(dim=-1) / original.float().norm(dim=-1)
 
 
 def _token_figures(original: Tensor, ours: Tensor, labels: Tensor) -> Tensor:

@@ -15,11 +15,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lp_train.data.rows import IGNORED
-from lp_train.evaluation.fidelity import Fidelity, Variant, measure, standard_error
+from lp_train.data.rows import IGNORED, RowCollator
+from lp_train.evaluation.fidelity import Fidelity, Variant, evaluating, measure, shared_out, standard_error
 
 PROMPT_TOKENS = 64
-LONGEST_NGRAM = 4
 
 
 @dataclass(frozen=True)
@@ -30,32 +29,29 @@ class Answers:
     tokens: list[list[int]]
     along_original: Fidelity
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self, original: list[list[int]]) -> dict[str, float]:
         """``distinct_n``: different n-grams over all n-grams of all answers (Li et al. 2016, arXiv 1510.03055).
-        ``repeated_4grams``: the share of 4-grams that stood in the same answer before."""
-        found = {f"distinct_{n}": _distinct([_ngrams(self.tokens, n)]) for n in (1, 2, 3)}
-        each = [_ngrams([answer], LONGEST_NGRAM) for answer in self.tokens]
-        return found | {"repeated_4grams": 1 - _distinct(each)}
-
-
-def describe(answers: Mapping[str, Answers], prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """The section of a report: each model's answers, and what they share with the original's (``sequential``)."""
-    original = answers["sequential"].tokens
-    models: dict[str, dict[str, float]] = {}
-    for name, given in answers.items():
-        models[name] = given.as_dict()
-        if name == "sequential":
-            continue
-        agreed = [_agreed(a, b) for a, b in zip(original, given.tokens, strict=True)]
-        along = given.along_original
-        models[name] |= {
+        ``repeated_4grams``: the share of 4-grams that stood in the same answer before. ``agreed_tokens``: those before
+        the first difference to the original's answer."""
+        agreed = list(map(_agreed, original, self.tokens))
+        return {
+            **{f"distinct_{n}": _distinct([_ngrams(self.tokens, n)]) for n in (1, 2, 3)},
+            "repeated_4grams": 1 - _distinct([_ngrams([answer], 4) for answer in self.tokens]),
             "agreed_tokens": float(np.mean(agreed)),
             "agreed_share": sum(agreed) / sum(map(len, original)),
-            "identical_answers": float(np.mean([a == b for a, b in zip(original, given.tokens, strict=True)])),
-            "kl_on_original_answers": along.kl,
-            "kl_standard_error": standard_error(along.kl_sums, along.tokens),
+            "identical_answers": float(np.mean([a == b for a, b in zip(original, self.tokens, strict=True)])),
+            "kl_on_original_answers": self.along_original.kl,
+            "kl_standard_error": standard_error(self.along_original.kl_sums, self.along_original.tokens),
         }
-    return {"prompts": len(original), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "models": models}
+
+
+def describe(runs: Sequence[Mapping[str, Answers]], new_tokens: int) -> dict[str, Any]:
+    """The section of a report: figures of each model's answers, of several seeds their means."""
+    original, models = runs[0]["sequential"].tokens, {}
+    for model in runs[0]:
+        seeds = [run[model].as_dict(original) for run in runs]
+        models[model] = {name: float(np.mean([figures[name] for figures in seeds])) for name in seeds[0]}
+    return {"prompts": len(original), "prompt_tokens": PROMPT_TOKENS, "new_tokens": new_tokens, "models": models}
 
 
 def prompts_of(rows: Sequence[Mapping[str, Any]], count: int, tokens: int = PROMPT_TOKENS) -> Tensor:
@@ -63,7 +59,7 @@ def prompts_of(rows: Sequence[Mapping[str, Any]], count: int, tokens: int = PROM
     beginnings = []
     for row in rows:
         starts = [0, *itertools.accumulate(row["seq_lengths"])]
-        for start, length in zip(starts[:-1], row["seq_lengths"], strict=True):
+        for start, length in zip(starts, row["seq_lengths"], strict=False):
             if length > tokens:
                 beginnings.append(row["input_ids"][start : start + tokens])
     chosen = np.unique(np.linspace(0, len(beginnings) - 1, min(count, len(beginnings))).astype(int))
@@ -81,63 +77,56 @@ def answer_all(
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, Answers]:
-    """Answers of each variant, of which ``sequential`` must be the first, to prompts [P, T]; on every process all.
-
-    Each process takes every ``world_size``-th prompt.
-    """
-    mine, was_training = prompts[rank::world_size], model.training
-    model.eval()
+    """Answers of each variant, of which ``sequential`` must be the first, to prompts [P, T]; on every process all."""
     tokens: dict[str, list[list[int]]] = {}
     for name, variant in variants.items():
-        with variant(model), autocast():
-            found = [_generate(model, tokenizer, part, new_tokens) for part in mine.split(batch_size) if len(part)]
-        numbered = zip(range(rank, len(prompts), world_size), itertools.chain(*found), strict=True)
-        tokens[name] = [answer for _, answer in sorted(gather_object(list(numbered)))]
-    model.train(was_training)
-    pad = int(tokenizer.pad_token_id or 0)
-    rows = [_row(prompt, answer, new_tokens, pad) for prompt, answer in zip(prompts, tokens["sequential"], strict=True)]
+        found: list[tuple[int, list[int]]] = []
+        for indices, counts in shared_out(len(prompts), batch_size, rank, world_size):
+            with variant(model), autocast():
+                made = generate(model, tokenizer, prompts[indices.start : indices.stop], new_tokens)
+            found += zip(indices, made, strict=True) if counts else []
+        tokens[name] = [answer for _, answer in sorted(gather_object(found))]
+    rows = []
+    for prompt, answer in zip(prompts.tolist(), tokens["sequential"], strict=True):
+        labels = [IGNORED] * len(prompt) + answer  # the answer is what is measured
+        rows.append({"input_ids": prompt + answer, "labels": labels, "seq_lengths": [len(labels)]})
+    collate = RowCollator(prompts.shape[1] + new_tokens, int(tokenizer.pad_token_id or 0))
     others = {name: variant for name, variant in variants.items() if name != "sequential"}
-    along = measure(model, rows, _stack, batch_size, others, autocast, rank, world_size)
+    along = measure(model, rows, collate, batch_size, others, autocast, rank, world_size)
     return {name: Answers(tokens[name], along[name]) for name in variants}
 
 
-@torch.no_grad()
-def _generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, new_tokens: int
-) -> list[list[int]]:
+def answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
+    """The model's greedy continuation of a prompt, a chat turn where the tokenizer has a chat template."""
+    text: Any = prompt
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    return str(tokenizer.decode(generate(model, tokenizer, inputs, new_tokens)[0], skip_special_tokens=True))
+
+
+def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, new_tokens: int) -> list[list[int]]:
+    """Greedy answers to prompts [B, T], each up to its end token, with a cache and without a model's own penalties."""
     inputs = prompts.to(next(model.parameters()).device)
-    end, pad = tokenizer.eos_token_id, int(tokenizer.pad_token_id or 0)
-    made = model.generate(
-        input_ids=inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        eos_token_id=end,
-        pad_token_id=pad,
-    )[:, inputs.shape[1] :].tolist()
+    end = tokenizer.eos_token_id
+    with evaluating(model):
+        made = model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            eos_token_id=end,
+            pad_token_id=int(tokenizer.pad_token_id or 0),
+        )[:, inputs.shape[1] :].tolist()
     return [answer[: answer.index(end) + 1] if end in answer else answer for answer in made]
-
-
-def _row(prompt: Tensor, answer: list[int], new_tokens: int, pad: int) -> dict[str, Tensor]:
-    """Prompt and answer as a row of :func:`measure`: the answer is what is measured."""
-    padding = new_tokens - len(answer)
-    tokens = torch.cat([prompt, torch.tensor(answer + [pad] * padding, dtype=torch.int64)])
-    labels = tokens.clone()
-    labels[: len(prompt)] = IGNORED
-    labels[len(prompt) + len(answer) :] = IGNORED
-    return {"input_ids": tokens, "labels": labels, "position_ids": torch.arange(len(tokens))}
-
-
-def _stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _agreed(original: list[int], other: list[int]) -> int:
     """Tokens before the first difference."""
-    shorter = min(len(original), len(other))
-    return next((i for i in range(shorter) if original[i] != other[i]), shorter)
+    return sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(original, other, strict=False)))
 
 
 def _ngrams(answers: Sequence[list[int]], n: int) -> Counter[tuple[int, ...]]:

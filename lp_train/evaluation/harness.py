@@ -6,7 +6,6 @@ text by text, and with a model that is loaded already believes to be alone.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -24,12 +23,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.errors import UserError
-from lp_train.evaluation.fidelity import Variant
+from lp_train.evaluation.fidelity import Variant, shared_out
 from lp_train.pairing.families import decoder_of
 
 Request = tuple[Any, list[int], list[int]]  # unused, context, continuation
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}  # enough that a small model keeps the device busy
-ROWS_PER_GENERATION = {"cpu": 8, "cuda": 256}
+ROWS_PER_GENERATION = {"cpu": 8, "cuda": 256}  # at most; on a GPU as many as their cache has room for
 REQUESTS_AT_A_TIME = 4096  # are encoded while the model works on those before
 
 
@@ -60,11 +59,11 @@ class HarnessModel(HFLM):
     ) -> None:
         kind = state.device.type
         half = None if dtype == torch.float32 else dtype  # float32 adapters compute in half precision, as in training
-        rows = batch_size or ROWS_PER_GENERATION[kind]
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=rows, mixed_precision_dtype=half)
+        at_most = batch_size or ROWS_PER_GENERATION[kind]
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=at_most, mixed_precision_dtype=half)
         self.variants, self.state = variants, state
         self.rows, self.tokens_per_batch = batch_size, TOKENS_PER_BATCH[kind]
-        self.tokens, self.seconds = 0, 0.0  # of log-likelihoods: through all variants on all processes, with encoding
+        self.tokens = 0  # of log-likelihoods, through all variants on all processes
         self._encoded: dict[tuple[str, bool | None], list[int]] = {}
         self._tasks: list[str | None] = []  # which each request belongs to, for messages
 
@@ -79,15 +78,14 @@ class HarnessModel(HFLM):
         return tokens[-left_truncate_len:] if left_truncate_len else tokens
 
     def _encode_ahead(self, strings: Iterable[str], add_special_tokens: bool | None = None) -> None:
+        """All at once but texts that start with the prefix token, to which HFLM adds none."""
         prefix = self.tokenizer.decode(self.prefix_token_id)
-        unique = list(dict.fromkeys(strings))
-        for has_prefix in (False, True):  # HFLM adds no special token to a text that starts with one
-            group = [text for text in unique if text.startswith(prefix) == has_prefix]
-            special = False if has_prefix else add_special_tokens
-            options = {} if special is None else {"add_special_tokens": special}
-            if group:
-                encoded = self.tokenizer(group, return_attention_mask=False, verbose=False, **options)["input_ids"]
-                self._encoded.update(zip(((text, add_special_tokens) for text in group), encoded, strict=True))
+        texts = [text for text in dict.fromkeys(strings) if not text.startswith(prefix)]
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        encoded = (
+            self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"] if texts else []
+        )
+        self._encoded.update(zip(((text, add_special_tokens) for text in texts), encoded, strict=True))
 
     # --- log-likelihoods ---------------------------------------------------------------------------------------------
 
@@ -97,12 +95,10 @@ class HarnessModel(HFLM):
         Raises:
             UserError: context and continuation are longer than the model's context.
         """
-        started = time.perf_counter()
         parts = [requests[i : i + REQUESTS_AT_A_TIME] for i in range(0, len(requests), REQUESTS_AT_A_TIME)]
         with ThreadPoolExecutor(1) as ahead:  # the next parts are encoded while the model is busy with those before
             found = [self._score_all(*prepared) for prepared in ahead.map(self._prepare, parts)]
         sums = {name: _gathered([of_part[name] for of_part in found]) for name in self.variants}
-        self.seconds += time.perf_counter() - started
         return {name: [(nats, wrong == 0) for nats, wrong in values] for name, values in sums.items()}
 
     def _prepare(self, requests: list[Instance]) -> tuple[list[Batch], int]:
@@ -116,7 +112,6 @@ class HarnessModel(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> dict[str, list[float]]:
         """Of each whole text, in windows of the model's context that do not overlap in what they predict."""
-        started = time.perf_counter()
         windows: list[Request] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
@@ -125,13 +120,11 @@ class HarnessModel(HFLM):
             )
             windows += [(None, *make_disjoint_window(part)) for part in parts]
             owners += [i] * (len(windows) - len(owners))
-        self._tasks = [requests[owner].task_name for owner in owners]
         found, sums = self._score_all(self._loglikelihood_tokens(windows), len(windows)), {}
         for name in self.variants:
-            sums[name] = np.zeros(len(requests))
-            np.add.at(sums[name], owners, [nats for nats, _ in _gathered([found[name]])])
-        self.seconds += time.perf_counter() - started
-        return {name: values.tolist() for name, values in sums.items()}
+            nats = [nats for nats, _ in _gathered([found[name]])]
+            sums[name] = np.bincount(owners, weights=nats, minlength=len(requests)).tolist()
+        return sums
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
@@ -183,15 +176,13 @@ class HarnessModel(HFLM):
 
     def _score_all(self, batches: list[Batch], requests: int) -> dict[str, Tensor]:
         """:meth:`_score` for each variant, on this process's share and without waiting for the device."""
-        world, rank = self.state.num_processes, self.state.process_index
-        # past the end a batch is repeated: sharded weights need all processes every time
-        mine = [batches[i % len(batches)] for i in range(rank, -(-len(batches) // world) * world, world)]
+        shares = list(shared_out(len(batches), 1, self.state.process_index, self.state.num_processes))
+        mine = [batches[share.start] for share, _ in shares]
         on_device = [Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch)) for batch in mine]
-        counted = len(range(rank, len(batches), world))
         found = {}
         for name, variant in self.variants.items():
             with variant(self.model):
-                found[name] = self._score(on_device, counted, requests, name)
+                found[name] = self._score(on_device, sum(counts for _, counts in shares), requests, name)
         return found
 
     @torch.no_grad()
@@ -221,27 +212,42 @@ class HarnessModel(HFLM):
         self._tasks = [request.task_name for request in requests]
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
         self._encoded.clear()
-        for i, request in enumerate(requests):
-            self._check_length(i, lengths[i] + request.args[1].get("max_gen_toks", self.max_gen_toks))
+        totals = [n + r.args[1].get("max_gen_toks", self.max_gen_toks) for n, r in zip(lengths, requests, strict=True)]
+        for i, total in enumerate(totals):
+            self._check_length(i, total)
         order = sorted(range(len(requests)), key=lambda i: -lengths[i])
-        parts = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        rows = self.rows or min(self.batch_size, self._rows_with_room(max(totals)))
         found = {}
         for name, variant in self.variants.items():
             with variant(self.model):
-                found[name] = self._generate(requests, parts, name)
+                found[name] = self._generate(requests, order, rows, name)
         return found
 
-    def _generate(self, requests: list[Instance], parts: list[list[int]], name: str) -> list[str]:
-        world, rank = self.state.num_processes, self.state.process_index
-        rounds = range(-(-len(parts) // world))
+    def _rows_with_room(self, tokens: int) -> int:
+        """How many rows' keys and values take half of a GPU's free memory."""
+        if self.device.type != "cuda":
+            return self.batch_size
+        free, _ = torch.cuda.mem_get_info(self.device)
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return max((free + unused) // 2 // (tokens * cache_bytes_per_token(self.model)), 1)
+
+    def _generate(self, requests: list[Instance], order: list[int], rows: int, name: str) -> list[str]:
         answers: list[tuple[int, str]] = []
-        for i in tqdm(rounds, desc=f"{name}: answers", disable=rank > 0, leave=False):
-            mine = i * world + rank
-            part = parts[mine % len(parts)]
-            texts = super().generate_until([requests[request] for request in part], disable_tqdm=True)
-            if mine < len(parts):
-                answers += zip(part, texts, strict=True)
+        shares = list(shared_out(len(order), rows, self.state.process_index, self.state.num_processes))
+        quiet = self.state.process_index > 0
+        for share, counts in tqdm(shares, desc=f"{name}: answers", disable=quiet, leave=False):
+            part = [order[i] for i in share]
+            texts = super().generate_until([requests[i] for i in part], disable_tqdm=True)
+            answers += zip(part, texts, strict=True) if counts else []
         return [text for _, text in sorted(gather_object(answers))]
+
+
+def cache_bytes_per_token(model: nn.Module) -> int:
+    """Of keys and values in all layers, in the precision of the weights."""
+    config = model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
 
 
 def _gathered(parts: list[Tensor]) -> list[list[float]]:

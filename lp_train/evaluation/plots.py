@@ -1,60 +1,52 @@
-"""The plots of a report. Each draws one figure that stays readable 360 pixels wide, for light and for dark pages."""
+"""The plots of a report. Each draws a figure that stays readable 360 pixels wide, without colour, on dark pages."""
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from cycler import cycler
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from lp_train.evaluation.page import Plot
-
-ORIGINAL, PAIRED, RECOVERED = COLOURS = ("C0", "C1", "C2")
-STYLES = {"sequential": (ORIGINAL, "s"), "paired": (PAIRED, "^"), "recovered": (RECOVERED, "o")}
 NAMES = {"sequential": "original", "paired": "untuned pairs", "recovered": "recovered"}
+# told apart by the colour-blind (Okabe and Ito) and by lightness; on a page they follow its style
+PAGE, INK, LINE, ORIGINAL, PAIRED, RECOVERED = "#ffffff", "#1c2230", "#c3c8d1", "#6b7484", "#e69f00", "#0072b2"
+STYLES: dict[str, dict[str, Any]] = {
+    "sequential": {"color": ORIGINAL, "marker": "s", "linestyle": ":", "label": NAMES["sequential"]},
+    "paired": {"color": PAIRED, "marker": "^", "linestyle": "--", "label": NAMES["paired"]},
+    "recovered": {"color": RECOVERED, "marker": "o", "label": NAMES["recovered"]},
+}
+VARIABLES = {PAGE: "page", INK: "ink", LINE: "line", ORIGINAL: "original", PAIRED: "untuned", RECOVERED: "recovered"}
+THEME: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), PAGE),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), LINE),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.titlesize", "font.size"), 10),
+}
 WIDTH = 5.6  # inches: at 10 points text is still some 9 pixels high where the plot is 360 pixels wide
 STEPS_PER_LINE = 12
 
 
-def _theme(page: str, ink: str, line: str, colours: Sequence[str]) -> dict[str, Any]:
-    """Colours that also differ for the colour-blind (Okabe and Ito), bright on dark pages."""
-    inks = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
-    pages = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
-    return {
-        **dict.fromkeys(inks, ink),
-        **dict.fromkeys(pages, page),
-        **dict.fromkeys(("axes.edgecolor", "grid.color"), line),
-        "axes.prop_cycle": cycler(color=colours),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 10,
-        "font.size": 10,
-        "legend.frameon": False,
-    }
-
-
-LIGHT = _theme("#ffffff", "#1c2230", "#c3c8d1", ("#009e73", "#d55e00", "#0072b2"))
-DARK = _theme("#15181e", "#e4e7ec", "#4a515e", ("#2ccf9f", "#ff8c42", "#56b4e9"))
-
-
-def plot(folder: Path, name: str, alt: str, draw: Callable[[], Figure]) -> Plot:
-    """Draws ``plots/NAME.png`` in ``folder``, whole or not at all, and once more for dark pages."""
-    drawn = []
-    for theme in (LIGHT, DARK):
-        with matplotlib.rc_context(dict[Any, Any](theme)):
-            draw().savefig(buffer := io.BytesIO(), dpi=160)
-            drawn.append(buffer.getvalue())
+def plot(folder: Path, name: str, alt: str, draw: Callable[[], Figure]) -> str:
+    """Draws ``plots/NAME.png`` in ``folder`` and the same as SVG in the colours of the page; returns its Markdown."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    (temporary := folder / "plots" / f".{name}.png").write_bytes(drawn[0])
-    temporary.rename(folder / "plots" / f"{name}.png")
-    return Plot(f"plots/{name}.png", drawn[1], alt)
+    with matplotlib.rc_context({**THEME, "svg.hashsalt": name}):
+        figure, svg = draw(), io.StringIO()
+        figure.savefig(folder / "plots" / f"{name}.png", dpi=160)
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    element = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg.getvalue()[svg.getvalue().index("<svg") :])
+    for colour, variable in VARIABLES.items():
+        element = element.replace(colour, f"var(--{variable})")
+    (folder / "plots" / f"{name}.svg").write_text(element)
+    return f"![{alt}](plots/{name}.png)"
 
 
 def _panels(number: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
@@ -66,53 +58,50 @@ def _panels(number: int, height: float, **options: Any) -> tuple[Figure, list[Ax
     return figure, axes
 
 
+def _legend(axis: Axes) -> None:
+    """Below all panels, where it covers nothing."""
+    assert isinstance(axis.figure, Figure)
+    axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
 def model_picture(plan: Mapping[str, Any]) -> Figure:
     """The layers in the order they run, pairs side by side; the text is read line by line, as the model runs."""
     second = {first: other for first, other in plan["pairs"]}
     steps = [[k, second[k]] if k in second else [k] for k in range(plan["num_layers"]) if k not in second.values()]
     lines = [steps[i : i + STEPS_PER_LINE] for i in range(0, len(steps), STEPS_PER_LINE)]
     figure = Figure(figsize=(WIDTH, 0.75 * len(lines) + 0.35), layout="constrained")
-    axis, edge = figure.subplots(), matplotlib.rcParams["axes.edgecolor"]
+    axis = figure.subplots()
     for row, line in enumerate(lines):
         y = -2.9 * row
-        axis.annotate("", (len(line) + 0.25, y), (-0.45, y), arrowprops={"arrowstyle": "->", "color": edge})
+        axis.annotate("", (len(line) + 0.25, y), (-0.45, y), arrowprops={"arrowstyle": "->", "color": LINE}, zorder=0)
         for x, layers in enumerate(line):
             for layer, offset in zip(layers, (0.58, -0.58) if len(layers) > 1 else (0.0,), strict=True):
-                _layer_box(axis, x, y + offset, str(layer), RECOVERED if len(layers) > 1 else ORIGINAL)
+                colour = RECOVERED if len(layers) > 1 else ORIGINAL
+                box: dict[str, Any] = {"boxstyle": "round,pad=0.02,rounding_size=0.12", "fc": colour, "ec": "none"}
+                axis.add_patch(FancyBboxPatch((x + 0.08, y + offset - 0.46), 0.74, 0.92, **box))
+                axis.text(x + 0.45, y + offset, str(layer), ha="center", va="center", color=PAGE, fontsize=9)
     axis.set(xlim=(-0.5, STEPS_PER_LINE + 0.3), ylim=(-2.9 * (len(lines) - 1) - 1.25, 1.25))
     axis.axis("off")
     axis.set_title(f"{plan['num_layers']} layers in {len(steps)} steps: {len(second)} pairs run side by side")
     return figure
 
 
-def _layer_box(axis: Axes, x: float, y: float, text: str, colour: str) -> None:
-    box: dict[str, Any] = {"boxstyle": "round,pad=0.02,rounding_size=0.12", "facecolor": colour, "edgecolor": "none"}
-    axis.add_patch(FancyBboxPatch((x + 0.08, y - 0.46), 0.74, 0.92, **box))
-    ink = matplotlib.rcParams["axes.facecolor"]
-    axis.text(x + 0.45, y, text, ha="center", va="center", color=ink, fontsize=9)
-
-
-def evaluations(history: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
-    """The held-out figures by step; where a resumed run made a step again, its last."""
-    return {line["step"]: line for line in history if "eval_kl" in line}
-
-
 def recovery(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], tokens_per_step: int) -> Figure:
     """Held-out NLL and KL over training tokens, between the original and the untrained pairs."""
     figure, axes = _panels(2, 5.4, sharex=True)
-    found = evaluations(history)
+    found = {line["step"]: line for line in history if "eval_kl" in line}  # of a step made again, the last
     for axis, key, label in zip(axes, ("nll", "kl"), ("NLL", "KL to the original"), strict=True):
         points = [(0, report["paired"][key])]
         points += [(step * tokens_per_step, line[f"eval_{key}"]) for step, line in sorted(found.items())]
-        axis.axhline(report["paired"][key], color=PAIRED, linestyle="--", label="untuned pairs")
-        axis.plot(*zip(*points, strict=True), marker="o", color=RECOVERED, label="in training")
-        axis.axhline(report["sequential"][key], color=ORIGINAL, linestyle=":", label="original")
+        for model in ("paired", "sequential"):
+            axis.axhline(report[model][key], **{**STYLES[model], "marker": ""})
+        axis.plot(*zip(*points, strict=True), **{**STYLES["recovered"], "label": "in training"})
         won = report["recovery"][key]
-        axis.set_title(f"{label}: {'gap too small to judge' if won is None else f'{won:.0%} won back'}")
+        axis.set_title(f"{label}: {'gap too small to judge' if won is None else f'{won:.0%} of the gap won back'}")
         axis.set_ylabel("nats per token")
-    axes[0].legend()
+    _legend(axes[0])
     axes[1].set_xlabel("training tokens")
-    axes[1].xaxis.set_major_formatter(EngFormatter())
+    axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
 
 
@@ -120,90 +109,69 @@ def drift(pairs: Sequence[Mapping[str, Any]]) -> Figure:
     """Relative error of the residual stream after each pair, before and after recovery."""
     figure, (axis,) = _panels(1, 3.2)
     labels = ["+".join(map(str, row["pair"])) for row in pairs]
-    for model in ("paired", "recovered"):
-        if values := [row[model] for row in pairs if row.get(model) is not None]:
-            colour, marker = STYLES[model]
-            axis.plot(labels[: len(values)], values, color=colour, marker=marker, label=NAMES[model])
-    axis.tick_params(axis="x", rotation=45 if len(labels) > 6 else 0)
-    axis.set(xlabel="after layers", ylabel="relative error", title="Drift of the residual stream from the original's")
+    _lines(axis, labels, pairs, lambda row, model: row[model])
+    axis.tick_params(axis="x", rotation=45 if len(labels) > 8 else 0)
+    axis.set(xlabel="after layers", ylabel="‖h − original‖ / ‖original‖", title="Drift of the residual stream")
     axis.set_ylim(bottom=0)
-    axis.legend()
+    _legend(axis)
     return figure
 
 
 def positions(buckets: Sequence[Mapping[str, Any]], unit: str) -> Figure:
     """KL and top-1 agreement by position in the document."""
     figure, axes = _panels(2, 5.4, sharex=True)
-    labels = [f"{bucket['from']}–{bucket['to']}" for bucket in buckets]
+    labels = [f"{b['from']}–{b['to']}" if b["to"] else f"{b['from']}–" for b in buckets]
     for axis, key, label in zip(axes, ("kl", "top1_agreement"), ("KL, nats per token", "top-1 agreement"), strict=True):
-        _lines(axis, labels, [bucket["models"] for bucket in buckets], key)
+        _lines(axis, labels, [bucket["models"] for bucket in buckets], lambda row, model: row[model][key])  # noqa: B023
         axis.set_ylabel(label)
-    axes[0].legend()
-    axes[0].set_title("Divergence from the original by position")
-    axes[1].tick_params(axis="x", rotation=45)
+    _legend(axes[0])
+    axes[0].set_title("Divergence from the original by position in the document")
+    axes[1].tick_params(axis="x", rotation=30)
     axes[1].set_xlabel(unit)
     return figure
 
 
-def _lines(axis: Axes, labels: Sequence[str], rows: Sequence[Mapping[str, Any]], key: str) -> None:
+def _lines(axis: Axes, labels: Sequence[str], rows: Sequence[Mapping[str, Any]], value: Callable[..., float]) -> None:
     for model in ("paired", "recovered"):
-        points = [(x, row[model][key]) for x, row in zip(labels, rows, strict=True) if model in row]
-        if points:
-            colour, marker = STYLES[model]
-            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=NAMES[model])
-
-
-def domains(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """KL on each domain's text, before and after recovery."""
-    figure, (axis,) = _panels(1, 1.2 + 0.45 * len(rows))
-    for offset, model in ((-0.2, "paired"), (0.2, "recovered")):
-        bars = [(i + offset, row["models"][model]["kl"]) for i, row in enumerate(rows) if model in row["models"]]
-        if bars:
-            places, values = zip(*bars, strict=True)
-            axis.barh(places, values, height=0.38, color=STYLES[model][0], label=NAMES[model])
-    axis.set_yticks(range(len(rows)), [row["domain"] for row in rows])
-    axis.invert_yaxis()
-    axis.set(xlabel="nats per token", title="KL to the original by domain")
-    axis.legend()
-    return figure
+        if points := [(x, value(row, model)) for x, row in zip(labels, rows, strict=True) if model in row]:
+            axis.plot(*zip(*points, strict=True), **STYLES[model])
 
 
 def tasks(found: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Difference to the original in points of each task or group, with its 95 % interval."""
     figure, (axis,) = _panels(1, 1.3 + 0.45 * len(found))
     for offset, model in ((-0.15, "paired"), (0.15, "recovered")):
-        rows = [(i, c) for i, task in enumerate(found.values()) if (c := task["comparisons"].get(model))]
-        if not rows:
-            continue
-        middle = [100 * c["difference"] for _, c in rows]
-        ends = [[100 * abs(c["interval"][end] - c["difference"]) for _, c in rows] for end in (0, 1)]
-        colour, marker = STYLES[model]
-        options: dict[str, Any] = {"color": colour, "fmt": marker, "capsize": 3, "label": NAMES[model]}
-        axis.errorbar(middle, [i + offset for i, _ in rows], xerr=ends, **options)
-    axis.axvline(0, color=ORIGINAL, linestyle=":", label=NAMES["sequential"])
+        if rows := [(i, c) for i, task in enumerate(found.values()) if (c := task["comparisons"].get(model))]:
+            middle = [100 * c["difference"] for _, c in rows]
+            ends = [[100 * abs(c["interval"][end] - c["difference"]) for _, c in rows] for end in (0, 1)]
+            style = {**STYLES[model], "linestyle": "none", "capsize": 3}
+            axis.errorbar(middle, [i + offset for i, _ in rows], xerr=ends, **style)
+    axis.axvline(0, **{**STYLES["sequential"], "marker": ""})
     axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
-    axis.set(xlabel="points, with 95 % interval", title="Tasks: difference to the original")
-    axis.legend()
+    axis.set(xlabel="percentage points, with 95 % interval", title="Tasks: difference to the original")
+    _legend(axis)
     return figure
 
 
 def by_depth(rows: Sequence[Mapping[str, Any]], label: str) -> Figure:
-    """Figures of several runs over effective depth: rows of ``depth``, ``model``, ``value``, ``error``."""
-    figure, (axis,) = _panels(1, 3.6)
-    for model, (colour, marker) in STYLES.items():
-        points = sorted((row["depth"], row["value"], row["error"]) for row in rows if row["model"] == model)
-        if points:
-            depth, value, error = zip(*points, strict=True)
-            style: dict[str, Any] = {
-                "color": colour,
-                "marker": marker,
-                "linestyle": "none",
-                "capsize": 3,
-                "label": NAMES[model],
-            }
-            axis.errorbar(depth, value, yerr=error if any(error) else None, **style)
+    """Figures of several runs over effective depth: rows of ``name``, ``depth``, ``model``, ``value`` and ``interval``
+    (two distances). Lines go from the original through the means at each depth."""
+    figure, (axis,) = _panels(1, 4.0)
+    original = [row for row in rows if row["model"] == "sequential"]
+    for model, style in STYLES.items():
+        of_model = [row for row in rows if row["model"] == model]
+        ends = np.array([row["interval"] for row in of_model]).T
+        points = [row["depth"] for row in of_model], [row["value"] for row in of_model]
+        axis.errorbar(*points, yerr=ends if ends.any() else None, **{**style, "linestyle": "none", "capsize": 3})
+        depths = sorted({row["depth"] for row in of_model + original})
+        means = [np.mean([r["value"] for r in of_model + original if r["depth"] == depth]) for depth in depths]
+        axis.plot(depths, means, **{**style, "marker": "", "label": None, "alpha": 0.6})
+        for row in of_model if model == "recovered" else ():
+            place: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+            axis.annotate(row["name"], (row["depth"], row["value"] + row["interval"][1]), **place)
     axis.set(xlabel="effective depth, layers", ylabel=label)
+    axis.margins(0.12)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.legend()
+    _legend(axis)
     return figure

@@ -1,6 +1,6 @@
 """One evaluation: the original, its pairs untuned, and what runs made of them, from one set of weights.
 
-``evaluate`` returns a dictionary of sections for each run; a new kind of measurement is one more line in ``_measure``
+``evaluate`` returns a dictionary of sections for each run; a new kind of measurement is one more field of ``Result``
 and one more section in ``_document``.
 """
 
@@ -28,50 +28,39 @@ from lp_train.errors import UserError
 from lp_train.evaluation import generation
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
-from lp_train.evaluation.fidelity import Fidelity, Variant, as_it_is, by_domain, by_position
+from lp_train.evaluation.fidelity import Fidelity, Variant, as_it_is
 from lp_train.evaluation.generation import Answers
 from lp_train.evaluation.statistics import Comparison, compare, mean_of
 from lp_train.evaluation.tasks import Items, Suite, is_perplexity, load_suite
 from lp_train.pairing import PairPlan, keep_originals, pair_layers, sequential, unpair_layers
 from lp_train.pairing.families import decoder_of
 
-UNTUNED: dict[str, Variant] = {"sequential": sequential, "paired": as_it_is}
-Say = Callable[[str], None]
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one model."""
+
+    fidelity: Fidelity
+    items: Mapping[str, Items]  # by task
+    answers: Answers | None
 
 
-@dataclass
-class Measured:
-    """Results by model: ``sequential``, ``paired``, ``recovered``."""
-
-    fidelity: dict[str, Fidelity] = field(default_factory=dict)
-    items: dict[str, dict[str, Items]] = field(default_factory=dict)
-    timing: dict[str, float] = field(default_factory=dict)  # of the tasks: tokens, seconds
-    drift: dict[str, list[float]] = field(default_factory=dict)
-    generation: dict[str, Answers] = field(default_factory=dict)
-
-    def __or__(self, other: Measured) -> Measured:
-        timing = {k: self.timing.get(k, 0) + other.timing.get(k, 0) for k in self.timing | other.timing}
-        return Measured(
-            self.fidelity | other.fidelity,
-            self.items | other.items,
-            timing,
-            self.drift | other.drift,
-            self.generation | other.generation,
-        )
+Results = dict[str, Result]  # by model: sequential, paired, recovered
 
 
 @dataclass(frozen=True)
 class Session:
-    """What all models of one evaluation share."""
+    """What all models of one evaluation share. ``timing`` adds up the tasks' tokens and seconds."""
 
     config: Config
     bench: Bench
     tokenizer: PreTrainedTokenizerBase
     suite: Suite
+    timing: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0})
 
 
 def evaluate(
-    config: Config, folders: Sequence[Path], state: PartialState, pool: bool = False, say: Say = print
+    config: Config, folders: Sequence[Path], state: PartialState, pool: bool = False, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
     """A document for each run folder; without one, for the untuned pairs of ``config.plan``. All processes take part.
 
@@ -88,24 +77,23 @@ def evaluate(
     session = _session(config, state)
     say(f"{len(session.suite.tasks)} tasks, {sum(len(t.docs) for t in session.suite.tasks.values()):,} items")
     base = models.load_base(config.model, state.device)
-    untuned: dict[tuple[PairPlan, str], Measured] = {}
+    original: Results = {}
+    untuned: dict[tuple[PairPlan, str], Results] = {}
     documents, runs = [], []
     for folder, (plan, algebra) in zip(todo, plans, strict=True):
         name = config.name if folder is None else folder.name
         say(f"{name}: {plan}, {algebra}")
         pair_layers(base, plan, algebra)
         if (plan, algebra) not in untuned:
-            original = next(iter(untuned.values())).items["sequential"] if untuned else None
-            found = _measure(session, base, {"paired": as_it_is} if original else UNTUNED)
-            found.items.setdefault("sequential", original or {})
-            untuned[plan, algebra] = found
-        measured = untuned[plan, algebra]
+            untuned[plan, algebra] = _measure(session, base, "paired", original)
+            original = {"sequential": untuned[plan, algebra]["sequential"]}
+        results = untuned[plan, algebra]
         if folder is not None:
             with _tuned(config, base, models._result_folder(str(folder))) as model:
-                measured = measured | _measure(session, model, {"recovered": as_it_is})
+                results = _measure(session, model, "recovered", results)
         unpair_layers(base)
-        runs.append(measured)
-        documents.append(_document(session, name, plan, algebra, [measured]))
+        runs.append(results)
+        documents.append(_document(session, name, plan, algebra, [results]))
     if pool:
         documents.append(_document(session, f"mean of {len(runs)} runs", *plans[0], runs))
     return documents
@@ -133,7 +121,9 @@ def _plan(config: Config, folder: Path | None) -> tuple[PairPlan, str]:
     layers = models.load_model_config(config.model).get_text_config().num_hidden_layers
     if folder is None:
         return PairPlan.parse(config.plan.pairs, num_layers=layers), config.plan.algebra
-    record = models.read_stamp(models._result_folder(str(folder)))
+    result = models._result_folder(str(folder))
+    is_result = any((result / name).exists() for name in ("adapter_config.json", "config.json"))
+    record = models.read_stamp(result) if is_result else None
     if record is None:
         raise UserError(f"{str(folder)!r}: nothing in it says which layers were paired; name a run folder of lp_train")
     return PairPlan.parse(record["pairs"], num_layers=layers), record["algebra"]
@@ -157,119 +147,96 @@ def _tuned(config: Config, base: nn.Module, folder: Path) -> Iterator[nn.Module]
             layer.load_state_dict(original.state_dict())
 
 
-def _measure(session: Session, model: nn.Module, variants: Mapping[str, Variant]) -> Measured:
-    """All kinds of measurement of some variants of one model. Fidelity measures the original itself each time."""
-    bench, limit = session.bench, session.config.evaluate.task_batch_size
-    others = {name: variant for name, variant in variants.items() if name != "sequential"}
-    measured = Measured(fidelity=bench.measure(model, others), drift=bench.drift(model, others))
-    if session.config.evaluate.generation_prompts:
-        measured.generation = bench.generate(model, session.tokenizer, others)
+def _measure(session: Session, model: nn.Module, name: str, known: Results) -> Results:
+    """``known`` and the model as it is, under ``name``; also the original, where it is not known yet."""
+    this: dict[str, Variant] = {name: as_it_is}
+    variants = this if known else {"sequential": sequential, **this}
+    bench, options = session.bench, session.config.evaluate
+    fidelity, answers = bench.measure(model, this), bench.generate(model, session.tokenizer, this)
+    items: dict[str, dict[str, Items]] = {}
     if session.suite.tasks:
-        measured.items, measured.timing = session.suite.run(
-            model, session.tokenizer, variants, bench.dtype, bench.state, limit
-        )
-    return measured
+        where = (bench.dtype, bench.state, options.task_batch_size)
+        items, timing = session.suite.run(model, session.tokenizer, variants, *where)
+        session.timing.update({key: session.timing[key] + value for key, value in timing.items()})
+    return known | {model: Result(fidelity[model], items.get(model, {}), answers.get(model)) for model in variants}
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def _document(session: Session, name: str, plan: PairPlan, algebra: str, runs: Sequence[Measured]) -> dict[str, Any]:
+def _document(session: Session, name: str, plan: PairPlan, algebra: str, runs: Sequence[Results]) -> dict[str, Any]:
     """The sections of one run, or of several seeds of one recipe, which differ in ``recovered`` alone."""
-    first = runs[0]
-    figures = {model: [run.fidelity[model].as_dict() for run in runs] for model in first.fidelity}
-    document: dict[str, Any] = {
+    first, options = runs[0], session.config.evaluate
+    fidelity = {model: Fidelity.mean([run[model].fidelity for run in runs]) for model in first}
+    answers = [{model: result.answers for model, result in run.items() if result.answers} for run in runs]
+    return {
         "name": name,
         "plan": {"pairs": [list(p) for p in plan.pairs], "algebra": algebra, "num_layers": plan.num_layers},
         "effective_depth": plan.effective_depth,
         "seeds": len(runs),
-        "evaluate": dataclasses.asdict(session.config.evaluate),
-        "fidelity": {m: {k: float(np.mean([f[k] for f in of_m])) for k in of_m[0]} for m, of_m in figures.items()},
-        "fidelity_by_position": by_position(first.fidelity),
-        "fidelity_by_domain": by_domain(first.fidelity, session.bench.data.domains),
-        "drift": {"pairs": _drift(plan, runs)},
-        "gap": reports.gap(first.fidelity["sequential"], first.fidelity["paired"]),
+        "evaluate": dataclasses.asdict(options),
+        "fidelity": {model: figures.as_dict() for model, figures in fidelity.items()},
+        **reports.fidelity_sections(fidelity, plan, session.bench.data.domains),
         "environment": reports.environment(session.bench.state.device),
-        "task_timing": first.timing,
+        "task_timing": dict(session.timing),
+        **({"generation": generation.describe(answers, options.generation_tokens)} if answers[0] else {}),
+        **task_sections(session.suite, runs),
+        "items": list(_item_lines(session.suite, first)) if len(runs) == 1 else [],
     }
-    if first.generation:
-        document["generation"] = generation.describe(
-            first.generation, generation.PROMPT_TOKENS, session.config.evaluate.generation_tokens
-        )
-    if "recovered" in first.fidelity and len(runs) == 1:
-        document["recovery"] = reports.recovery(*(first.fidelity[m] for m in ("sequential", "paired", "recovered")))
-    items = list(_item_lines(session.suite, first)) if len(runs) == 1 else []
-    return document | task_sections(session.suite, runs) | {"items": items}
 
 
-def _drift(plan: PairPlan, runs: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Of each pair the relative error of the residual stream after it, for each model; of seeds the mean."""
-    of_model = {model: np.mean([run.drift[model] for run in runs], axis=0) for model in runs[0].drift}
-    return [
-        {"pair": list(pair), **{model: float(errors[i]) for model, errors in of_model.items()}}
-        for i, pair in enumerate(plan.pairs)
-    ]
-
-
-def task_sections(suite: Suite, runs: Sequence[Measured]) -> dict[str, Any]:
+def task_sections(suite: Suite, runs: Sequence[Results]) -> dict[str, Any]:
     """``tasks`` and ``groups``: figures of each model, and comparisons with the original on the same items."""
     tasks: dict[str, Any] = {}
     compared: dict[str, dict[str, Comparison]] = {}  # model, task
     for task, built in suite.tasks.items():
-        metric = built.primary
-        of_task = {model: [run.items[model][task] for run in runs] for model in sorted(runs[0].items)}
-        results = {
-            model: {m: float(np.mean([suite.value(task, items, m) for items in seeds])) for m in seeds[0].metrics}
-            for model, seeds in of_task.items()
-        }
-        sums = {model: np.stack([items.sums(metric)[0] for items in seeds]) for model, seeds in of_task.items()}
-        weights = of_task["sequential"][0].sums(metric)[1]
-        chance = None if is_perplexity(metric) else built.chance
-        for model in ("paired", "recovered"):
-            if model in sums:
-                seeds = sums[model] if model == "recovered" else sums[model][:1]
-                compared.setdefault(model, {})[task] = compare(sums["sequential"][0], seeds, weights, chance)
-        if "recovered" in sums:
-            over = compare(sums["paired"][0], sums["recovered"], weights, chance)
-            compared.setdefault("recovered_over_paired", {})[task] = over
+        of_task = {model: [run[model].items[task] for run in runs] for model in sorted(runs[0])}
+        figures = {model: [built.figures(items) for items in seeds] for model, seeds in of_task.items()}
+        for model, comparison in _comparisons(of_task, built.primary, built.chance).items():
+            compared.setdefault(model, {})[task] = comparison
         tasks[task] = {
-            **built.describe(),
-            "unit": "nats" if chance is None else "share",
-            "results": results,
+            "items": len(built.docs),
+            "num_fewshot": built.task.config.num_fewshot,
+            "fewshot_source": built.fewshot_source,
+            "metric": built.primary,
+            "chance": built.chance,
+            "unit": "nats" if is_perplexity(built.primary) else "share",
+            "results": {
+                m: {k: float(np.mean([f[k] for f in seeds])) for k in seeds[0]} for m, seeds in figures.items()
+            },
             "comparisons": {model: of_model[task].as_dict() for model, of_model in compared.items()},
         }
-    groups = {
-        group: {
-            "shares": shares,
-            "comparisons": {
-                model: mean_of(of_model, shares, {t: suite.tasks[t].chance for t in shares}).as_dict()
-                for model, of_model in compared.items()
-            },
-        }
-        for group, shares in suite.groups.items()
-        if not any(is_perplexity(suite.tasks[task].primary) for task in shares)
-    }
+    groups = {}
+    for group, shares in suite.groups.items():
+        if not any(is_perplexity(suite.tasks[task].primary) for task in shares):
+            chances = {task: suite.tasks[task].chance for task in shares}
+            means = {model: mean_of(of_model, shares, chances) for model, of_model in compared.items()}
+            groups[group] = {"shares": shares, "comparisons": {model: mean.as_dict() for model, mean in means.items()}}
     return {"tasks": tasks, "groups": groups}
 
 
-def _item_lines(suite: Suite, measured: Measured) -> Iterator[dict[str, Any]]:
+def _comparisons(of_task: Mapping[str, Sequence[Items]], metric: str, chance: float) -> dict[str, Comparison]:
+    """Each model's items, of one or more seeds, against the original's; the recovered model's also against untuned."""
+    values = {model: np.stack([items.sums(metric)[0] for items in seeds]) for model, seeds in of_task.items()}
+    weights, floor = of_task["sequential"][0].sums(metric)[1], None if is_perplexity(metric) else chance
+    values = {model: seeds if model == "recovered" else seeds[:1] for model, seeds in values.items()}
+    pairs = {"paired": ("sequential", "paired"), "recovered": ("sequential", "recovered")}
+    pairs["recovered_over_paired"] = ("paired", "recovered")
+    return {n: compare(values[a][0], values[b], weights, floor) for n, (a, b) in pairs.items() if b in values}
+
+
+def _item_lines(suite: Suite, results: Results) -> Iterator[dict[str, Any]]:
     for task, built in suite.tasks.items():
         for i, doc_id in enumerate(built.doc_ids):
             line: dict[str, Any] = {"task": task, "doc_id": doc_id}
-            for model, found in measured.items.items():
-                metrics = {name: values[i] for name, values in found[task].metrics.items()}
-                line[model] = {"responses": found[task].responses[i], **metrics}
+            for model, result in results.items():
+                metrics = {name: values[i] for name, values in result.items[task].metrics.items()}
+                line[model] = {"responses": result.items[task].responses[i], **metrics}
             yield line
 
 
 def write(folder: Path, document: dict[str, Any]) -> None:
     """``evaluation.json`` and, item by item, ``items.jsonl.gz`` in the folder; each whole or not there."""
-    folder.mkdir(parents=True, exist_ok=True)
     items = "".join(json.dumps(line, default=float) + "\n" for line in document["items"])
-    text = reports.as_json({k: v for k, v in document.items() if k != "items"})
-    for name, content in (
-        ("items.jsonl.gz", gzip.compress(items.encode(), mtime=0)),
-        ("evaluation.json", text.encode()),
-    ):
-        (temporary := folder / f".{name}").write_bytes(content)
-        temporary.rename(folder / name)
+    reports.write(folder / "items.jsonl.gz", gzip.compress(items.encode(), mtime=0))
+    reports.write(folder / "evaluation.json", reports.as_json({k: v for k, v in document.items() if k != "items"}))

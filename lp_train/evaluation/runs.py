@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from lp_train.errors import UserError
 from lp_train.evaluation import page, plots
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.card import model_card
-from lp_train.evaluation.page import Section
+from lp_train.evaluation.tables import fidelity, fidelity_table, task_note, task_table
 
 
 def refresh(folder: Path) -> None:
@@ -24,24 +23,18 @@ def refresh(folder: Path) -> None:
         UserError: neither report.json nor evaluation.json in it, or one that cannot be read.
     """
     report, evaluation = _read(folder / "report.json"), _read(folder / "evaluation.json")
-    if report is None and evaluation is None:
-        raise UserError(f"{folder}: neither report.json nor evaluation.json in it; name the folder of a finished run")
     if report is None:
-        assert evaluation is not None
-        sections: list[Section] = [("", [reports.fidelity_table([evaluation])])]
-        reports.write_page(folder, evaluation["name"], sections + list(reports.evaluation_sections(folder, evaluation)))
-        return
+        return reports.write_document(folder, _document(folder))
     config = load_config(folder / "resolved_config.yaml")
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    history = [json.loads(line) for line in lines]
-    reports.write_report(folder, report, history, config.train["global_batch_tokens"])
-    write_card(folder, report, config.model.name_or_path)
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    reports.write_report(folder, report, history, config.train["global_batch_tokens"], evaluation)
+    write_card(folder, report, config.model.name_or_path, evaluation)
 
 
-def write_card(folder: Path, report: Mapping[str, Any], base: str) -> None:
+def write_card(folder: Path, report: Mapping[str, Any], base: str, evaluation: Mapping[str, Any] | None = None) -> None:
     """README.md beside the weights of a run."""
     weights = folder / ("adapter" if report["tune"] == "lora" else "model")
-    reports.write(weights / "README.md", model_card(report, base, _read(folder / "evaluation.json")))
+    reports.write(weights / "README.md", model_card(report, base, evaluation))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -53,58 +46,52 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: not JSON ({error}); measure the run again") from None
 
 
-def compare_runs(folders: Sequence[Path], out: Path) -> str:
-    """Tables of all runs and a plot over effective depth, as report.md, report.html and plots/ in ``out``. Returns the
-    tables as Markdown. Tasks are compared where every run has the same ones measured."""
-    documents = [_with_evaluation(folder) for folder in folders]
-    figure = functools.partial(plots.plot, out)
-    tables = [reports.fidelity_table(documents)]
-    rows, label = _fidelity_rows(documents), "KL to the original, nats per token"
-    same = {tuple(document.get("tasks") or ()) for document in documents}
-    if len(same) == 1 and documents[0].get("tasks"):
-        tables.append(reports.task_table(documents))
-        rows, label = _task_rows(documents)
-    drawn = figure("depth", f"{label} over effective depth", lambda: plots.by_depth(rows, label))
-    reports.write_page(out, f"{len(folders)} runs", [("", tables[:1]), ("Over effective depth", [drawn, *tables[1:]])])
-    return "\n\n".join(map(page.table, tables))
-
-
-def _with_evaluation(folder: Path) -> dict[str, Any]:
-    """What there is of a run, under the names of evaluation.json and with the folder's own name."""
-    report, evaluation = _read(folder / "report.json"), _read(folder / "evaluation.json")
-    found = evaluation or report or {}
+def _document(folder: Path) -> dict[str, Any]:
+    """What there is of a run, an evaluation rather than a report, under the folder's own name."""
+    found = _read(folder / "evaluation.json") or _read(folder / "report.json")
+    if found is None:
+        raise UserError(f"{folder}: neither report.json nor evaluation.json in it; name the folder of a finished run")
     return {**found, "name": folder.name}
 
 
-def _fidelity_rows(documents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    rows = [_row(documents[0]["plan"]["num_layers"], "sequential", 0.0, 0.0)]
+def compare_runs(folders: Sequence[Path], out: Path) -> str:
+    """Tables of all runs and a plot over effective depth, as report.md, report.html and plots/ in ``out``. Returns the
+    tables for a terminal. Tasks are compared where every run has the same ones measured."""
+    documents = [_document(folder) for folder in folders]
+    groups, label = _common(documents, "groups"), "KL to the original, nats per token"
+    if groups:
+        label = f"{groups[0]}, %"
+    rows = _over_depth(documents, groups[0] if groups else None)
+    drawn = plots.plot(out, "depth", f"{label} over effective depth", lambda: plots.by_depth(rows, label))
+    tables = [fidelity_table(documents)]
+    note = "Bars: 95 % interval of the difference to the original." if groups else ""
+    sections: reports.Sections = {"": [*tables], "Over effective depth": [drawn, note]}
+    if (tasks := documents[0].get("tasks")) and len(_common(documents, "tasks")) == len(tasks):
+        tables.append(task_table(documents))
+        sections["Tasks"] = [tables[1], task_note(documents[0])]
+    reports.write_page(out, f"{len(folders)} runs compared", sections)
+    return "\n\n".join(map(page.plain, tables))
+
+
+def _common(documents: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
+    return [name for name in documents[0].get(kind) or () if all(name in (d.get(kind) or ()) for d in documents)]
+
+
+def _over_depth(documents: Sequence[Mapping[str, Any]], group: str | None) -> list[dict[str, Any]]:
+    """What :func:`plots.by_depth` draws: a group's mean in per cent with the interval of its difference to the
+    original, else the KL."""
+    rows: list[dict[str, Any]] = []
     for document in documents:
-        figures = document.get("fidelity") or document
+        figures: Mapping[str, Any] = document["groups"][group]["comparisons"] if group else fidelity(document)
+        first = {"depth": document["plan"]["num_layers"], "model": "sequential", "value": 0.0, "interval": (0, 0)}
+        rows.append(first)
         for model in ("paired", "recovered"):
-            if model in figures:
-                rows.append(_row(document["effective_depth"], model, figures[model]["kl"], 0.0))
+            if (found := figures.get(model)) is not None:
+                row = {"depth": document["effective_depth"], "model": model, "name": document["name"]}
+                if group:
+                    first["value"] = 100 * found["original"]
+                    ends = [100 * abs(end - found["difference"]) for end in found["interval"]]
+                    rows.append({**row, "value": 100 * found["other"], "interval": ends})
+                else:
+                    rows.append({**row, "value": found["kl"], "interval": (0, 0)})
     return rows
-
-
-def _task_rows(documents: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """The mean of the first group that all have, else of all tasks with an accuracy, in per cent; with 95 %."""
-    group = next(iter(documents[0]["groups"]), None)
-    rows = []
-    for document in documents:
-        if group is not None:
-            found = [document["groups"][group]["comparisons"]]
-        else:
-            found = [task["comparisons"] for task in document["tasks"].values() if task["unit"] != "nats"]
-        for model in found[0] if found else ():
-            if model == "recovered_over_paired":
-                continue
-            of_model = [c[model] for c in found]
-            error = sum(c["standard_error"] ** 2 for c in of_model) ** 0.5 / len(of_model)
-            mean = {side: 100 * sum(c[side] for c in of_model) / len(of_model) for side in ("original", "other")}
-            rows.append(_row(document["effective_depth"], model, mean["other"], 196 * error))
-            rows.append(_row(document["plan"]["num_layers"], "sequential", mean["original"], 0.0))
-    return rows, f"{group or 'mean of the tasks'}, %"
-
-
-def _row(depth: int, model: str, value: float, error: float) -> dict[str, Any]:
-    return {"depth": depth, "model": model, "value": value, "error": error}

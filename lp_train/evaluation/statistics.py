@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
 
 from lp_train.evaluation.fidelity import standard_error
 
@@ -17,27 +18,41 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Comparison:
-    """``other - original`` in units of the metric, its standard error and 95 % bootstrap interval over the items.
-
-    ``p_value``: McNemar's exact test, for right-or-wrong items and one seed. ``retained``: other / original in per
-    cent, ``retained_above_chance`` the same with what guessing scores taken off both; None where that means nothing.
-    ``differs``: the interval leaves zero out and p < 0.05; otherwise the difference is inside its error.
-    """
+    """Two models on the same items, in units of the metric: standard error of the difference over the items, and its
+    95 % bootstrap interval. ``p_value``: McNemar's exact test, for right-or-wrong items and one seed. ``chance``: what
+    guessing scores; None for a metric where lower is better, of which no share is retained."""
 
     original: float
     other: float
-    difference: float
     standard_error: float
     interval: tuple[float, float]
     p_value: float | None
-    retained: float | None
-    retained_above_chance: float | None
-    differs: bool
+    chance: float | None
     items: int
     seeds: int
 
+    @property
+    def difference(self) -> float:
+        return self.other - self.original
+
+    @property
+    def differs(self) -> bool:
+        """The interval leaves zero out and p < 0.05; otherwise the difference is inside its error."""
+        inside = self.items < 2 or self.interval[0] <= 0 <= self.interval[1]
+        return not inside and (self.p_value is None or self.p_value < 1 - LEVEL)
+
+    @property
+    def retained(self) -> float | None:
+        """other / original in per cent."""
+        return None if self.chance is None else retained(self.original, self.other)
+
+    @property
+    def retained_above_chance(self) -> float | None:
+        return None if self.chance is None else retained(self.original, self.other, self.chance)
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        derived = ("difference", "differs", "retained", "retained_above_chance")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 def compare(
@@ -49,9 +64,9 @@ def compare(
 ) -> Comparison:
     """Means of ``original`` [N] and ``other`` [N], or [S, N] for S seeds of one recipe, over the same items.
 
-    With ``weights`` [N] (an item's words) a figure is sum(values) / sum(weights). ``chance`` None: a metric where
-    lower is better, so that no share of it is retained. Variance of the difference: that over items, of the mean over
-    seeds, plus that of the seeds' means over S; with one seed it is the items' alone, and seeds stay unmeasured.
+    With ``weights`` [N] (an item's words) a figure is sum(values) / sum(weights). Variance of the difference: that over
+    items, of the mean over seeds, plus that of the seeds' means over S; with one seed it is the items' alone, and seeds
+    stay unmeasured.
 
     Raises:
         ValueError: no item, or different numbers of items.
@@ -61,32 +76,19 @@ def compare(
     weights = np.ones(len(original)) if weights is None else np.asarray(weights, dtype=np.float64)
     if not original.size or other.shape[1:] != original.shape or weights.shape != original.shape:
         raise ValueError(f"items of original {original.shape}, other {other.shape}, weights {weights.shape} differ")
-    before, after = original.sum() / weights.sum(), other.sum(1) / weights.sum()
-    error = math.hypot(standard_error(other.mean(0) - original, weights), _error_of_mean(after))
-    low, high = _bootstrap(original, other, weights, seed)
-    p_value = mcnemar(original, other[0]) if len(other) == 1 and _is_binary(original, other) else None
+    after = other.sum(1) / weights.sum()
+    over_seeds = float(stats.sem(after)) if len(other) > 1 else 0.0
+    binary = np.isin(original, (0, 1)).all() and np.isin(other, (0, 1)).all()
     return Comparison(
-        original=float(before),
+        original=float(original.sum() / weights.sum()),
         other=float(after.mean()),
-        difference=float(after.mean() - before),
-        standard_error=error,
-        interval=(low, high),
-        p_value=p_value,
-        retained=None if chance is None else retained(before, after.mean()),
-        retained_above_chance=None if chance is None else retained(before, after.mean(), chance),
-        differs=(low > 0 or high < 0) and (p_value is None or p_value < 1 - LEVEL),
+        standard_error=math.hypot(standard_error(other.mean(0) - original, weights), over_seeds),
+        interval=_bootstrap(original, other, weights, seed),
+        p_value=mcnemar(original, other[0]) if len(other) == 1 and binary else None,
+        chance=chance,
         items=original.size,
         seeds=len(other),
     )
-
-
-def _error_of_mean(values: np.ndarray) -> float:
-    """Standard error of the mean of S values; 0 for a single one, which says nothing about it."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
-def _is_binary(*values: np.ndarray) -> bool:
-    return all(np.isin(v, (0, 1)).all() for v in values)
 
 
 def _bootstrap(original: np.ndarray, other: np.ndarray, weights: np.ndarray, seed: int) -> tuple[float, float]:
@@ -108,9 +110,7 @@ def mcnemar(original: np.ndarray, other: np.ndarray) -> float:
     """Two-sided exact p-value of right-or-wrong items [N]: of those on which the two models differ, as many are won
     as lost (McNemar 1947, with the binomial distribution in place of chi-squared)."""
     won, lost = int((other > original).sum()), int((other < original).sum())
-    n = won + lost
-    log_terms = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(won, lost) + 1)]
-    return min(1.0, 2 * sum(math.exp(term - n * math.log(2)) for term in log_terms))
+    return float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
 def retained(original: float, other: float, chance: float = 0.0) -> float | None:
@@ -123,21 +123,12 @@ def mean_of(
 ) -> Comparison:
     """A group's weighted mean over tasks, whose items are different ones: errors add in squares, the interval is
     that of a normal distribution. ``shares`` add up to 1."""
-    mean = {
-        name: sum(share * getattr(comparisons[task], name) for task, share in shares.items())
-        for name in ("original", "other", "difference")
-    }
-    error = math.sqrt(sum((share * comparisons[task].standard_error) ** 2 for task, share in shares.items()))
-    chance = sum(share * chances[task] for task, share in shares.items())
-    interval = (mean["difference"] - 1.96 * error, mean["difference"] + 1.96 * error)
-    return Comparison(
-        **mean,
-        standard_error=error,
-        interval=interval,
-        p_value=None,
-        retained=retained(mean["original"], mean["other"]),
-        retained_above_chance=retained(mean["original"], mean["other"], chance),
-        differs=interval[0] > 0 or interval[1] < 0,
-        items=sum(comparisons[task].items for task in shares),
-        seeds=max(comparisons[task].seeds for task in shares),
+    members = [comparisons[task] for task in shares]
+    original, other = (
+        sum(s * getattr(comparisons[t], side) for t, s in shares.items()) for side in ("original", "other")
     )
+    error = math.hypot(*(share * comparisons[task].standard_error for task, share in shares.items()))
+    ends = (other - original - 1.96 * error, other - original + 1.96 * error)
+    chance = sum(share * chances[task] for task, share in shares.items())
+    items, seeds = sum(c.items for c in members), max(c.seeds for c in members)
+    return Comparison(original, other, error, ends, None, chance, items, seeds)

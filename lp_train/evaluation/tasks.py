@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import logging
 import random
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lp_train.config import EvaluateConfig
 from lp_train.errors import UserError
-from lp_train.evaluation.fidelity import Variant
+from lp_train.evaluation.fidelity import Variant, evaluating
 from lp_train.evaluation.harness import HarnessModel
 
 # lm-eval compiles a prompt's template for every item, which takes longer than a small model's answer does
@@ -83,24 +85,32 @@ class Built:
             return 0.0
         return float(np.mean([1 / len(of_item) for of_item in self.instances]))
 
-    def describe(self) -> dict[str, Any]:
-        """What a report says of the task beside its results."""
-        shots = self.task.config.num_fewshot
-        return {
-            "items": len(self.docs),
-            "num_fewshot": shots,
-            "fewshot_source": self._fewshot_source() if shots else None,
-            "metric": self.primary,
-            "chance": self.chance,
-        }
-
-    def _fewshot_source(self) -> str:
+    @property
+    def fewshot_source(self) -> str | None:
+        """Where its examples come from, in words; None without examples."""
         config = self.task.config
-        if own := getattr(self.task.sampler, "source", None):
-            return own
+        if not config.num_fewshot or (own := getattr(self.task.sampler, "source", None)):
+            return own if config.num_fewshot else None
         split = config.fewshot_split or config.training_split or config.validation_split or config.test_split
         evaluated = config.test_split or config.validation_split
         return "the evaluated file, without the item itself" if split == evaluated else f"split {split}"
+
+    def figures(self, items: Items) -> dict[str, float]:
+        """lm-eval's own figures: means, perplexities."""
+        aggregate = self.task.aggregation()
+        return {m: float(aggregate[m.partition(",")[0]](values)) for m, values in items.metrics.items()}
+
+    def collect(self) -> Items:
+        """What the instances were answered, in lm-eval's metrics."""
+        self.task.apply_filters()
+        metrics: dict[str, list[Any]] = defaultdict(list)
+        for doc, instances in zip(self.docs, self.instances, strict=True):
+            for key in instances[0].filtered_resps:
+                found = self.task.process_results(doc, [instance.filtered_resps[key] for instance in instances])
+                for metric, value in found.items():
+                    metrics[metric if key == "none" else f"{metric},{key}"].append(value)
+        responses = [[answer for instance in of_item for answer in instance.resps] for of_item in self.instances]
+        return Items(dict(metrics), responses)
 
 
 @dataclass(frozen=True)
@@ -121,35 +131,32 @@ class Suite:
     ) -> tuple[dict[str, dict[str, Items]], dict[str, float]]:
         """``{variant: {task: Items}}``, and the tokens and seconds that the log-likelihoods of all variants took.
 
-        The items are shared out over the processes and each process gets all results. The model's train mode comes
-        back as it was, and no random state is touched.
+        The items are shared out over the processes and each process gets all results. Train mode and random state come
+        back as they were.
 
         Raises:
             UserError: an item is longer than the model's context.
         """
         requests: dict[str, list[Instance]] = defaultdict(list)
         for built in self.tasks.values():
-            for instance in (instance for of_item in built.instances for instance in of_item):
+            for instance in itertools.chain(*built.instances):
                 requests[instance.request_type] += [instance] * (instance.repeats or 1)
-        was_training = model.training
-        lm = HarnessModel(model, tokenizer, variants, dtype, state, batch_size)
-        try:
-            answers = {kind: getattr(lm, kind)(of_kind) for kind, of_kind in requests.items()}
-        finally:
-            model.train(was_training)
+        answers, seconds = {}, 0.0
+        with evaluating(model):
+            lm = HarnessModel(model, tokenizer, variants, dtype, state, batch_size)
+            for kind, of_kind in requests.items():
+                started = time.perf_counter()
+                answers[kind] = getattr(lm, kind)(of_kind)
+                seconds += 0 if kind == "generate_until" else time.perf_counter() - started
         found = {}
         for name in variants:
+            for instance in itertools.chain(*requests.values()):
+                instance.resps = []
             for kind, of_kind in requests.items():
-                for instance in of_kind:
-                    instance.resps = []
                 for instance, answer in zip(of_kind, answers[kind][name], strict=True):
                     instance.resps.append(answer)
-            found[name] = {task: _items(built) for task, built in self.tasks.items()}
-        return found, {"tokens": lm.tokens, "seconds": lm.seconds}
-
-    def value(self, task: str, items: Items, metric: str) -> float:
-        """lm-eval's own figure of a task: a mean, a perplexity."""
-        return float(self.tasks[task].task.aggregation()[metric.partition(",")[0]](items.metrics[metric]))
+            found[name] = {task: built.collect() for task, built in self.tasks.items()}
+        return found, {"tokens": lm.tokens, "seconds": seconds}
 
 
 class Watch:
@@ -162,23 +169,11 @@ class Watch:
     def __call__(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, dict[str, float]]:
         """``{variant: {"tasks/<task>/<metric>": value}}``, on every process."""
         found, _ = self.suite.run(model, self.tokenizer, variants, self.dtype, PartialState(), self.batch_size)
-        return {variant: dict(self._figures(of_variant)) for variant, of_variant in found.items()}
-
-    def _figures(self, items: Mapping[str, Items]) -> Iterator[tuple[str, float]]:
-        for task, built in self.suite.tasks.items():
-            yield f"tasks/{task}/{built.primary}", self.suite.value(task, items[task], built.primary)
-
-
-def _items(built: Built) -> Items:
-    built.task.apply_filters()
-    metrics: dict[str, list[Any]] = defaultdict(list)
-    for doc, instances in zip(built.docs, built.instances, strict=True):
-        for key in instances[0].filtered_resps:
-            found = built.task.process_results(doc, [instance.filtered_resps[key] for instance in instances])
-            for metric, value in found.items():
-                metrics[metric if key == "none" else f"{metric},{key}"].append(value)
-    responses = [[answer for instance in of_item for answer in instance.resps] for of_item in built.instances]
-    return Items(dict(metrics), responses)
+        tasks = self.suite.tasks.items()
+        return {
+            variant: {f"tasks/{t}/{b.primary}": b.figures(of_variant[t])[b.primary] for t, b in tasks}
+            for variant, of_variant in found.items()
+        }
 
 
 # --- tasks from names ------------------------------------------------------------------------------------------------
@@ -254,7 +249,7 @@ def _build(name: str, task: Task, config: EvaluateConfig) -> Built:
         built.doc_ids.append(i)
         built.docs.append(doc)
         built.instances.append(made if isinstance(made, list) else [made])
-    task._instances = [instance for of_item in built.instances for instance in of_item]  # for its filters
+    task._instances = list(itertools.chain(*built.instances))  # for its filters
     return built
 
 
