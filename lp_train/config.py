@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,14 +134,7 @@ class Config:
     track: TrackConfig = field(default_factory=TrackConfig)
 
 
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "plan": PlanConfig,
-    "loss": LossConfig,
-    "data": DataConfig,
-    "evaluate": EvaluateConfig,
-    "track": TrackConfig,
-}
+SECTIONS = (ModelConfig, PlanConfig, LossConfig, DataConfig, EvaluateConfig, TrackConfig)
 _TRAIN_TYPES = {  # ours, and where we allow more or less than the library
     "global_batch_tokens": int,
     "max_steps_float32": int,
@@ -193,9 +185,7 @@ def _read(raw: dict[str, Any], reader: Reader) -> Config:
     given = reader.options(LoraConfig, raw.pop("lora", {}), "lora", _LORA_TYPES, OWNED_LORA)
     lora = {**OUR_LORA_DEFAULTS, **given}
     lora.setdefault("lora_alpha", 2 * lora["r"])
-    reader.unknown(raw, [f.name for f in dataclasses.fields(Config)], "")
-    known = {"model": {}, "plan": {}, **{n: raw[n] for n in raw if n in Config.__dataclass_fields__}}
-    config = reader.dataclass(Config, known, "")
+    config = reader.dataclass(Config, {"model": {}, "plan": {}, **raw}, "")
     return dataclasses.replace(config, train=train, lora=lora)
 
 
@@ -213,11 +203,14 @@ def _sources_as_lists(data: Any) -> Any:
 
 
 def _all_keys() -> list[str]:
-    keys = [f"{name}.{f.name}" for name, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
-    keys += [f"train.{f.name}" for f in dataclasses.fields(SFTConfig) if f.name not in OWNED_TRAIN]
-    keys += [f"lora.{f.name}" for f in dataclasses.fields(LoraConfig) if f.name not in OWNED_LORA]
-    ours = OUR_TRAIN_DEFAULTS.keys() - {f.name for f in dataclasses.fields(SFTConfig)}
-    return [*keys, *(f"train.{name}" for name in sorted(ours)), "train.max_steps_float32", "lora.scope"]
+    sections = {cls.__name__.removesuffix("Config").lower(): _names(cls) for cls in SECTIONS}
+    sections["train"] = [*(n for n in _names(SFTConfig) if n not in OWNED_TRAIN), *_TRAIN_TYPES]
+    sections["lora"] = [*(n for n in _names(LoraConfig) if n not in OWNED_LORA), *_LORA_TYPES]
+    return [f"{section}.{name}" for section, names in sections.items() for name in names]
+
+
+def _names(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 class _Loader(yaml.SafeLoader):
@@ -265,7 +258,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _override(raw: dict[str, Any], argument: str) -> None:
-    """Sets one ``key.path=value`` in place."""
+    """Sets one ``key.path=value`` in place; what is missing on the way becomes a mapping."""
     key, equals, text = argument.partition("=")
     if not equals or not key:
         raise UserError(f"argument {argument!r}: not understood; write key.path=value, e.g. train.max_steps=100")
@@ -273,35 +266,27 @@ def _override(raw: dict[str, Any], argument: str) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"argument {argument!r}: the value is not YAML ({_one_line(error)}); quote it") from None
-    node, parts = raw, key.split(".")
-    for depth, part in enumerate(parts[:-1]):
-        node = _child(node, part, ".".join(parts[:depth]), argument)
-    if isinstance(node, list):
-        node[_index(node, parts[-1], ".".join(parts[:-1]), argument)] = value
-    else:
-        node[parts[-1]] = value
-
-
-def _child(node: Any, part: str, where: str, argument: str) -> Any:
-    if isinstance(node, list):
-        index = _index(node, part, where, argument)
-        if isinstance(node[index], str):  # a source given by its path alone
-            node[index] = {"path": node[index]}
-        return node[index]
-    if node.get(part) is None:
-        node[part] = {}
-    if not isinstance(node[part], dict | list):
-        path = f"{where}.{part}".lstrip(".")
-        raise UserError(f"argument {argument!r}: {path} is {node[part]!r}, which has no keys; set {path} itself")
-    return node[part]
-
-
-def _index(node: list, part: str, where: str, argument: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise UserError(
-            f"argument {argument!r}: {where} is a list of {len(node)}; use an index from 0 to {len(node) - 1}"
-        )
-    return int(part)
+    node: Any = {"": raw}
+    place: Any = ""
+    path = ""  # of the node
+    for part in key.split("."):
+        child = node[place]
+        if isinstance(child, str) and isinstance(node, list):  # a source given by its path alone
+            child = {"path": child}
+        child = {} if child is None else child
+        if not isinstance(child, dict | list):
+            raise UserError(f"argument {argument!r}: {path} is {child!r}, which has no keys; set {path} itself")
+        node[place] = child
+        node, place = child, part
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                rule = f"{path} is a list of {len(node)}; use an index from 0 to {len(node) - 1}"
+                raise UserError(f"argument {argument!r}: {rule}")
+            place = int(part)
+        else:
+            node.setdefault(place)
+        path = f"{path}.{part}".lstrip(".")
+    node[place] = value
 
 
 def config_to_yaml(config: Config) -> str:
@@ -311,15 +296,12 @@ def config_to_yaml(config: Config) -> str:
     """
     library = {f.name: f.default for f in dataclasses.fields(SFTConfig)}
     changed = [
-        f"  {name}: {ours.value} (library: {library.get(name, 'none')}): {ours.reason}"
+        f"#   {name}: {ours.value} (library: {library.get(name, 'none')}): {ours.reason}\n"
         for name, ours in OUR_TRAIN_DEFAULTS.items()
         if ours.value != library.get(name)
     ]
-    owned = textwrap.wrap(", ".join(sorted(OWNED_TRAIN.keys() & library)), width=110)
-    head = ["Defaults of the trainer that this project changes:", *changed, "Not set here but by the program:"]
-    head += [f"  {line}" for line in owned]
     body = yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-    return "".join(f"# {line}\n" for line in head) + "\n" + body
+    return "".join(["# Defaults of the trainer that this project changes:\n", *changed, "\n", body])
 
 
 def batch_split(

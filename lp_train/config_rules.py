@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from lp_train.errors import UserError
@@ -11,16 +11,40 @@ from lp_train.pairing.plan import PairPlan
 from lp_train.trainer_options import SAFE_INIT
 
 if TYPE_CHECKING:
-    from lp_train.config import Config, LossConfig, Source
+    from lp_train.config import Config, Source
 
 _TEACHER = "without adapters the model must be the original, its teacher, and this may change it"
 _ANY_MODEL = 10_000  # layers: the plan's form is checked here, its range when the model is known
 
 
+_TRAIN = "max_steps max_steps_float32 num_train_epochs global_batch_tokens max_length learning_rate "
+_TRAIN += "gradient_checkpointing_every task_steps early_stopping_patience"
+_EVALUATE = "tokens batch_size max_new_tokens generation_tokens task_limit task_batch_size"
+_BOUNDS: list[tuple[str, str, Callable[[float], bool], str]] = [  # section, keys, what holds for their values, the rule
+    ("lora", "r", lambda v: v >= 1, "a rank is at least 1, for example 16"),
+    ("loss", "kd ce hidden", lambda v: v >= 0, "a weight is 0 or more, for example 1.0"),
+    ("loss", "beta", lambda v: 0 <= v <= 1, "between 0 (forward KL) and 1 (reverse KL), for example 0.0"),
+    ("loss", "temperature", lambda v: v > 0, "must be above 0, for example 1.0"),
+    ("data", "eval_fraction", lambda v: 0 < v < 1, "a share above 0 and below 1, for example 0.02"),
+    ("train", _TRAIN, lambda v: v > 0, "must be above 0"),
+    ("evaluate", _EVALUATE, lambda v: v >= 1, "must be at least 1"),
+    ("evaluate", "num_fewshot generation_prompts", lambda v: v >= 0, "must be 0 or more"),
+]
+
+
 def broken_rules(config: Config) -> list[str]:
     """One line per broken rule of a configuration whose values have the right types."""
-    rules = (_plan, _lora, _loss, _data, _train, _evaluate)
+    rules = (_plan, _bounds, _lora, _loss, _data, _train)
     return [line for rule in rules for line in rule(config)]
+
+
+def _bounds(config: Config) -> Iterator[str]:
+    for section, keys, holds, rule in _BOUNDS:
+        values = getattr(config, section)
+        for key in keys.split():
+            value = values.get(key) if isinstance(values, dict) else getattr(values, key)
+            if value is not None and not holds(value):
+                yield f"{section}.{key} {value}: {rule}"
 
 
 def _plan(config: Config) -> Iterator[str]:
@@ -49,35 +73,20 @@ def _lora(config: Config) -> Iterator[str]:
             re.compile(targets)
         except re.error as error:
             yield f"lora.target_modules {targets!r}: not a regular expression ({error}); write for example '.*_proj'"
-    if lora["r"] < 1:
-        yield f"lora.r {lora['r']}: a rank is at least 1, for example 16"
 
 
 def _loss(config: Config) -> Iterator[str]:
-    loss: LossConfig = config.loss
-    weights = {"kd": loss.kd, "ce": loss.ce, "hidden": loss.hidden}
-    for name, weight in weights.items():
-        if not weight >= 0:
-            yield f"loss.{name} {weight}: a weight is 0 or more, for example 1.0"
-    if not any(weights.values()):
+    if not (config.loss.kd or config.loss.ce or config.loss.hidden):
         yield "loss.kd, loss.ce, loss.hidden are all 0: nothing would be trained; set loss.kd 1.0"
-    if not 0 <= loss.beta <= 1:
-        yield f"loss.beta {loss.beta}: between 0 (forward KL) and 1 (reverse KL), for example 0.0"
-    if not loss.temperature > 0:
-        yield f"loss.temperature {loss.temperature}: must be above 0, for example 1.0"
 
 
 def _data(config: Config) -> Iterator[str]:
     data = config.data
-    if data.train is None:
-        return
-    if not data.train:
+    if data.train == []:
         yield "data.train []: no source; give at least one, for example builtin:pydocs"
-    if not 0 < data.eval_fraction < 1:
-        yield f"data.eval_fraction {data.eval_fraction}: a share above 0 and below 1, for example 0.02"
     for role in ("train", "eval", "calibration"):
         yield from _weights(getattr(data, role) or [], f"data.{role}")
-    if any(s.streaming for s in data.train) and "num_train_epochs" in config.train:
+    if any(s.streaming for s in data.train or []) and "num_train_epochs" in config.train:
         yield "train.num_train_epochs: a streamed source has no known length; give train.max_steps instead"
 
 
@@ -92,19 +101,6 @@ def _weights(sources: list[Source], where: str) -> Iterator[str]:
 
 def _train(config: Config) -> Iterator[str]:
     train = config.train
-    for name in (
-        "max_steps",
-        "max_steps_float32",
-        "num_train_epochs",
-        "global_batch_tokens",
-        "max_length",
-        "learning_rate",
-        "gradient_checkpointing_every",
-        "task_steps",
-        "early_stopping_patience",
-    ):
-        if train.get(name) is not None and not train[name] > 0:
-            yield f"train.{name} {train[name]}: must be above 0"
     given = [n for n in ("max_steps", "num_train_epochs") if n in train]
     if not given:
         yield "train.max_steps: missing; give train.max_steps or train.num_train_epochs"
@@ -129,13 +125,3 @@ def _during_training(config: Config) -> Iterator[str]:
             f"train.early_stopping_patience {train['early_stopping_patience']}: the result is that of the best "
             "checkpoint; set train.load_best_model_at_end: true"
         )
-
-
-def _evaluate(config: Config) -> Iterator[str]:
-    for name in ("tokens", "batch_size", "max_new_tokens", "generation_tokens", "task_limit", "task_batch_size"):
-        value = getattr(config.evaluate, name)
-        if value is not None and value < 1:
-            yield f"evaluate.{name} {value}: must be at least 1"
-    for name in ("num_fewshot", "generation_prompts"):
-        if (value := getattr(config.evaluate, name) or 0) < 0:
-            yield f"evaluate.{name} {value}: must be 0 or more"

@@ -20,17 +20,12 @@ if __name__ == "__main__":  # the launcher puts this folder first, where our nam
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import argparse
-import ctypes.util
 import dataclasses
 import functools
-import importlib.util
-import logging
-import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -40,6 +35,7 @@ from trl import SFTConfig
 from lp_train import models, track
 from lp_train.adapters import attach, count_parameters, start_from_activations
 from lp_train.bench.flops import peak_flops, step_flops
+from lp_train.cluster.launch import check_engine, keep_freed_memory, leave, quieten_libraries, use_all_cores
 from lp_train.config import Config, config_to_yaml, load_config
 from lp_train.data import Data, RowCollator, build_data
 from lp_train.distill import fp8
@@ -52,13 +48,11 @@ from lp_train.errors import UserError
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
+from lp_train.evaluation.progress import Progress, watched_tasks
 from lp_train.evaluation.runs import write_card
-from lp_train.pairing import PairPlan, adapters_off, in_order, keep_originals, pair_layers, sequential
+from lp_train.pairing import PairPlan, in_order, keep_originals, pair_layers
 from lp_train.pairing.families import check_family, decoder_of
-from lp_train.run_folder import checkpoint_to_resume, open_run_folder
-
-if TYPE_CHECKING:
-    from lp_train.evaluation.tasks import Watch
+from lp_train.run_folder import check_run_folder, checkpoint_to_resume, open_run_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,42 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def quieten_libraries() -> None:
-    """Hides what libraries say about themselves; what they say about the run stays."""
-    warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT, of a base that is no hub model
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def check_engine(state: PartialState) -> None:
-    """Refuses engines that this version does not train on, and processes that do not know of each other."""
-    expected, engine = int(os.environ.get("WORLD_SIZE", "1")), state.distributed_type.value
-    if expected != state.num_processes:
-        raise UserError(
-            f"WORLD_SIZE {expected}: this process sees a world of {state.num_processes}; on CPUs launch with "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
-        )
-    if engine not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise UserError(f"accelerate's engine {engine}: not supported; use one process, or --multi_gpu (DDP)")
-
-
-def use_all_cores(state: PartialState) -> None:
-    """``accelerate launch`` sets one thread per process unless told; alone on a CPU that leaves cores idle."""
-    launched, alone = "ACCELERATE_MIXED_PRECISION" in os.environ, state.num_processes == 1
-    if launched and alone and state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def keep_freed_memory(state: PartialState) -> None:
-    """On a CPU with glibc a step would give the memory of its logits back and fetch it again, page by page: a quarter
-    of its time."""
-    libc = ctypes.util.find_library("c")
-    if state.device.type == "cpu" and libc and hasattr(loaded := ctypes.CDLL(libc), "mallopt"):
-        loaded.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most it takes
-        loaded.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def run(config: Config, options: argparse.Namespace) -> None:
     if options.print_config:
         return print(config_to_yaml(config), end="")
@@ -132,8 +90,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
     keep_freed_memory(state)
     if not options.dry_run:
         finetune(config, state, options.resume, options.overwrite)
-        state.wait_for_everyone()
-        state.destroy_process_group()  # a process that ends while its peers still talk to it aborts now and then
+        leave(state)
     elif state.is_main_process:
         dry_run(config, state.num_processes)
 
@@ -146,19 +103,20 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     with state.local_main_process_first():  # a GGUF model is dequantised by one process
         plan = check_model(config)
     say(f"{config.name}: {config.model.name_or_path}, {plan}")
-    folder = open_run_folder(config, state, resume, overwrite)
+    folder = check_run_folder(config, resume, overwrite)
     dtype = models.resolve_dtype(config.model.dtype, state.device)
-    report_to = track.start(config.track, folder, config.name) if state.is_main_process else "none"
+    report_to = track.report_to(config.track) if state.is_main_process else "none"
     args = training_arguments(config, folder, state, dtype, report_to)
     say(f"{state.num_processes} x {state.device.type} in {dtype}, {args.max_steps} steps".replace("torch.", ""))
     tokenizer = models.load_tokenizer(config.model)
     with state.main_process_first():
         data = load_data(config, args, tokenizer)
     say(f"data: {data.stats}")
+    watch = watched_tasks(config, tokenizer, dtype)
 
     # the model in pairs, with something to train in them
     bench = Bench(config, data, RowCollator(config.train["max_length"], tokenizer.pad_token_id), state, dtype)
-    extra = unquantised_original(config, plan, bench) if config.model.quantization else {}
+    extra = unquantised_original(plan, bench) if config.model.quantization else {}
     set_seed(args.seed)
     model = build_model(config, plan, state.device)
     if config.lora.get("init_lora_weights") == "eva":
@@ -167,51 +125,36 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     trainable, everything = count_parameters(model)
     say(f"trains {trainable:,} of {everything:,} parameters")
 
-    # before training: the original, and what pairing costs
-    before = bench.measure(model, {"paired": adapters_off})
-    original, paired = before["sequential"], before["paired"]
-    say(f"held-out nll: original {original.nll:.4f}, paired {paired.nll:.4f} (kl {paired.kl:.4f})")
-    answers = bench.answers(model, tokenizer, {"sequential": sequential, "paired": adapters_off})
-    watch, task_steps = watched_tasks(config, tokenizer, dtype), config.train["task_steps"]
-    if watch:
-        start = extra["tasks_at_start"] = watch(model, {"sequential": sequential, "paired": adapters_off})
-        for name, value in start["sequential"].items():
-            say(f"{name}: original {value:.4f}, paired {start['paired'][name]:.4f}")
+    # all is good: the folder becomes this run's
+    checkpoint = checkpoint_to_resume(folder, model, resume)
+    open_run_folder(folder, config, state, resume)
+    if state.is_main_process:
+        track.start(config.track, folder, config.name)
 
-    measured_at: dict[int, Fidelity] = {}  # by step
-
-    def held_out() -> dict[str, float | None]:
-        step = trainer.state.global_step
-        now = measured_at[step] = bench.measure(model, {"recovered": as_it_is})["recovered"]
-        won: dict[str, float | None] = {}
-        for name, value in reports.recovery(original, paired, now).items():
-            won[f"recovery_{name}"] = value
-        if watch and (step % task_steps == 0 or step == trainer.state.max_steps):
-            won |= watch(model, {"recovered": as_it_is})["recovered"]
-        return now.as_dict() | won
-
-    trainer = make_trainer(model, args, config, plan, bench, tokenizer, held_out)
+    # what pairing costs, training, what came back
+    progress = Progress(bench, tokenizer, watch, say)
+    progress.before(model)
+    trainer = make_trainer(model, args, plan, bench, tokenizer)
+    trainer.measure = lambda: progress.during(model, trainer.state.global_step, trainer.state.max_steps)
     if state.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(folder, model, resume))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    progress.after(model, trainer.result_step)
 
-    # after: what came back, and everything on disk
-    step = trainer.result_step
-    recovered = measured_at.get(step) or bench.measure(model, {"recovered": as_it_is})["recovered"]
-    answers |= bench.answers(model, tokenizer, {"recovered": as_it_is})
-    figures = {"sequential": original, "paired": paired, "recovered": recovered}
-    report = make_report(config, plan, figures, trainer, data, state) | extra | {"sample": answers or None}
+    # everything on disk, before a control that may take as long again
+    extra |= {"tasks_at_start": progress.tasks_at_start} if watch else {}
+    report = make_report(plan, progress.figures, trainer, bench) | extra | {"sample": progress.answers or None}
     if state.is_main_process:
         save_result(model, tokenizer, config, folder)
         write_report(config, folder, report, trainer)
     if config.loss.ce > 0:
-        report["control"] = train_control(config, plan, args, bench, tokenizer).as_dict()
+        report["control"] = train_control(plan, args, bench, tokenizer).as_dict()
     if state.is_main_process:
         write_report(config, folder, report, trainer)
         track.finish(report, folder)
     say(f"\n{reports.table(report)}\n\n{reports.sentence(report)}\n")
-    if answers:
-        say(reports.answers(answers) + "\n")
+    if progress.answers:
+        say(reports.answers(progress.answers) + "\n")
     say(f"report {folder}/report.md and report.html, plots {folder}/plots/, weights {result_folder(config, folder)}/")
     return report
 
@@ -259,15 +202,10 @@ def build_model(config: Config, plan: PairPlan, device: torch.device) -> nn.Modu
 
 
 def make_trainer(
-    model: nn.Module,
-    args: SFTConfig,
-    config: Config,
-    plan: PairPlan,
-    bench: Bench,
-    tokenizer: PreTrainedTokenizerBase,
-    held_out: Callable[[], dict[str, float | None]],
+    model: nn.Module, args: SFTConfig, plan: PairPlan, bench: Bench, tokenizer: PreTrainedTokenizerBase
 ) -> PairedTrainer:
-    text_config, device = model.config.get_text_config(), bench.state.device
+    """TRL's trainer with this loss. Its ``measure``, called at each evaluation, is set by whoever has evaluations."""
+    config, text_config, device = bench.config, model.config.get_text_config(), bench.state.device
     compile = compiles(config.train["torch_compile"], device, text_config)
     graph = captures(config.train["cuda_graph"], compile, device, args.gradient_checkpointing)
     attention = training_attention(config.model.attn_implementation, text_config, bench.dtype, device, compile)
@@ -280,76 +218,56 @@ def make_trainer(
         eval_dataset=bench.data.eval,
         collate=bench.collate,
         tokenizer=tokenizer,
-        measure=held_out,
+        measure=dict,
         callbacks=[MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
         tokens_per_step=config.train["global_batch_tokens"],
         flops=step_flops(model.config, plan, config, document_lengths.flatten().to_numpy()).total,
-        peak_flops=peak_flops(bench.state.device),
+        peak_flops=peak_flops(device),
         compile=compile,
         attn_implementation=attention,
         checkpoint_every=config.train["gradient_checkpointing_every"],
         cuda_graph=graph,
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
     trainer.add_callback(Console)
     if (patience := config.train["early_stopping_patience"]) and args.eval_strategy != "no":
         trainer.add_callback(EarlyStoppingCallback(patience))
     return trainer
 
 
-def watched_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Watch | None:
-    if not config.train["task_steps"]:
-        return None
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            "train.task_steps: tasks need the package lm-eval; run `pip install -e .[eval]`, or set it to null"
-        )
-    from lp_train.evaluation.tasks import Watch  # an extra, and slow to import
-
-    return Watch(config.evaluate, tokenizer, dtype)
-
-
-def train_control(
-    config: Config, plan: PairPlan, args: SFTConfig, bench: Bench, tokenizer: PreTrainedTokenizerBase
-) -> Fidelity:
+def train_control(plan: PairPlan, args: SFTConfig, bench: Bench, tokenizer: PreTrainedTokenizerBase) -> Fidelity:
     """The same training without pairs. Cross-entropy alone also moves the original, which recovery must not count."""
     print("control: the same adapters and data, layers in order", flush=True)
-    folder = f"{args.output_dir}/control"
-    args = dataclasses.replace(
-        args, output_dir=folder, report_to="none", eval_strategy="no", save_strategy="no", load_best_model_at_end=False
-    )
+    alone: dict[str, Any] = {
+        "report_to": "none",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+    }
+    args = dataclasses.replace(args, output_dir=f"{args.output_dir}/control", **alone)
     set_seed(args.seed)
-    model = build_model(config, plan, bench.state.device)
+    model = build_model(bench.config, plan, bench.state.device)
     with in_order(model):
-        make_trainer(model, args, config, plan, bench, tokenizer, dict).train()
+        make_trainer(model, args, plan, bench, tokenizer).train()
         return bench.measure(model, {"control": as_it_is})["control"]
 
 
-def unquantised_original(config: Config, plan: PairPlan, bench: Bench) -> dict[str, Any]:
+def unquantised_original(plan: PairPlan, bench: Bench) -> dict[str, Any]:
     """The NLL of the original before quantisation, from weights that are let go again."""
-    full = dataclasses.replace(config.model, quantization=None)
-    model = pair_layers(models.load_base(full, bench.state.device), plan, config.plan.algebra)
+    full = dataclasses.replace(bench.config.model, quantization=None)
+    model = pair_layers(models.load_base(full, bench.state.device), plan, bench.config.plan.algebra)
     return {"unquantised": {"nll": bench.measure(model, {})["sequential"].nll}}
 
 
-def make_report(
-    config: Config,
-    plan: PairPlan,
-    figures: dict[str, Fidelity],
-    trainer: PairedTrainer,
-    data: Data,
-    state: PartialState,
-) -> dict[str, Any]:
+def make_report(plan: PairPlan, figures: dict[str, Fidelity], trainer: PairedTrainer, bench: Bench) -> dict[str, Any]:
+    """``report.json`` but for what only some runs have."""
+    config, data, pairs = bench.config, bench.data, [list(pair) for pair in plan.pairs]
     tokens, seconds = trainer.state.global_step * config.train["global_batch_tokens"], trainer.seconds
     return {
         "name": config.name,
         "tune": config.tune,
-        "plan": {
-            "pairs": [list(pair) for pair in plan.pairs],
-            "algebra": config.plan.algebra,
-            "num_layers": plan.num_layers,
-        },
+        "plan": {"pairs": pairs, "algebra": config.plan.algebra, "num_layers": plan.num_layers},
         "effective_depth": plan.effective_depth,
         "result_step": trainer.result_step,
         **{name: fidelity.as_dict() for name, fidelity in figures.items()},
@@ -363,7 +281,7 @@ def make_report(
             "peak_memory_gib": peak_memory_gib(),
         },
         "data": data.stats.as_dict(),
-        "environment": reports.environment(state.device),
+        "environment": reports.environment(bench.state.device),
     }
 
 

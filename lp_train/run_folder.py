@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from accelerate import PartialState
@@ -14,39 +17,29 @@ from lp_train.errors import UserError
 from lp_train.models import check_stamp
 
 CONFIG = "resolved_config.yaml"  # written first; it marks a folder as ours
-BEFORE_TRAINING = {CONFIG, "wandb_id"}  # all that a run leaves which stopped at a mistake
+BEFORE_TRAINING = {CONFIG, "wandb_id"}  # all that a run leaves which was stopped before its first step
 
 
-def open_run_folder(config: Config, state: PartialState, resume: bool, overwrite: bool) -> Path:
-    """``train.output_dir``, empty or to be resumed, with the resolved configuration in it.
+def check_run_folder(config: Config, resume: bool, overwrite: bool) -> Path:
+    """``train.output_dir``, which may be written to; nothing in it changes yet.
 
     Raises:
         UserError: not empty and neither resume nor overwrite; overwrite of a folder that no run wrote; not writable.
     """
     folder = Path(config.train["output_dir"]).expanduser()
-    if state.is_main_process:
-        if folder.is_dir() and {path.name for path in folder.iterdir()} - BEFORE_TRAINING and not resume:
-            _clear(folder, overwrite)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CONFIG).write_text(config_to_yaml(config))
-        except OSError as error:
-            raise UserError(
-                f"train.output_dir {str(folder)!r}: cannot be written ({error.strerror}); name another"
-            ) from None
-    state.wait_for_everyone()
+    named = f"train.output_dir {str(folder)!r}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except OSError as error:
+        raise UserError(f"{named}: cannot be written ({error.strerror}); name another") from None
+    if {path.name for path in folder.iterdir()} - BEFORE_TRAINING and not resume:
+        if not overwrite:
+            raise UserError(f"{named}: not empty; go on with --resume, delete it with --overwrite, or name another")
+        if not (folder / CONFIG).exists():
+            raise UserError(f"{named}: no run wrote this folder, so --overwrite leaves it alone")
     return folder
-
-
-def _clear(folder: Path, overwrite: bool) -> None:
-    if not overwrite:
-        raise UserError(
-            f"train.output_dir {str(folder)!r}: not empty; go on with --resume, delete it with --overwrite, "
-            "or name another"
-        )
-    if not (folder / CONFIG).exists():
-        raise UserError(f"train.output_dir {str(folder)!r}: no run wrote this folder, so --overwrite leaves it alone")
-    shutil.rmtree(folder)
 
 
 def checkpoint_to_resume(folder: Path, model: nn.Module, resume: bool) -> str | None:
@@ -60,3 +53,20 @@ def checkpoint_to_resume(folder: Path, model: nn.Module, resume: bool) -> str | 
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
     check_stamp(newest, model)
     return str(newest)
+
+
+def open_run_folder(folder: Path, config: Config, state: PartialState, resume: bool) -> None:
+    """Makes the folder this run's: without ``resume`` what an earlier one left is deleted. Call it as late as possible.
+
+    The old run goes aside as a whole and the new configuration comes in as a whole, so that a kill leaves either run's.
+    """
+    if state.is_main_process:
+        new, old = (Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder)) for name in ("new", "old"))
+        (new / CONFIG).write_text(config_to_yaml(config))
+        for path in [] if resume else folder.iterdir():
+            if path not in (new, old):
+                path.rename(old / path.name)
+        os.replace(new / CONFIG, folder / CONFIG)
+        for emptied in (new, old):
+            shutil.rmtree(emptied)
+    state.wait_for_everyone()

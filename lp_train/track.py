@@ -18,8 +18,8 @@ from lp_train.evaluation.tables import fidelity, tables
 HOST = "https://api.wandb.ai"
 
 
-def start(config: TrackConfig, folder: Path, run_name: str) -> str:
-    """Sets W&B's environment for the Trainer's callback; returns the Trainer's ``report_to``.
+def report_to(config: TrackConfig) -> str:
+    """The Trainer's ``report_to``: wandb or none.
 
     Raises:
         UserError: ``track.wandb`` is online or offline and wandb is not installed.
@@ -29,6 +29,13 @@ def start(config: TrackConfig, folder: Path, run_name: str) -> str:
         return "none"
     if not installed:
         raise UserError(f"track.wandb {config.wandb!r}: needs the package wandb; run `pip install wandb`, or set off")
+    return "wandb"
+
+
+def start(config: TrackConfig, folder: Path, run_name: str) -> str:
+    """Sets W&B's environment for the Trainer's callback; returns :func:`report_to`."""
+    if report_to(config) == "none":
+        return "none"
     mode = config.wandb
     if mode == "auto":
         mode = "online" if _has_key() and _reachable() else "offline"

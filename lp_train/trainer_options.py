@@ -44,74 +44,42 @@ OUR_TRAIN_DEFAULTS: dict[str, Default] = {
     "seed": Default(0, "the data's order and the adapters' start"),
 }
 
-_DATA = "rows are packed and masked by lp_train.data"
-_LOSS = "the loss is this project's; see the section loss"
-_HUB = "nothing is uploaded; push the run's folder adapter/ yourself"
-_ENGINE = "choose the engine in accelerate's own config file"
-
-OWNED_TRAIN: dict[str, str] = {
-    "packing": _DATA,
-    "packing_strategy": _DATA,
-    "padding_free": _DATA,
-    "eval_packing": _DATA,
-    "pad_to_multiple_of": _DATA,
-    "shuffle_dataset": _DATA,
-    "dataset_kwargs": _DATA,
-    "dataset_text_field": "use text_column of a source in data.train",
-    "truncation_mode": "use data.truncate",
-    "assistant_only_loss": "use loss.kd_on",
-    "completion_only_loss": "use loss.kd_on",
-    "loss_type": _LOSS,
-    "label_smoothing_factor": _LOSS,
-    "use_liger_kernel": _LOSS,
-    "liger_kernel_config": _LOSS,
-    "label_names": _LOSS,
-    "average_tokens_across_devices": "the loss is always divided by the global number of trained tokens",
-    "remove_unused_columns": _DATA,
-    "neftune_noise_alpha": "noise in the embeddings would also reach the original, which is the teacher",
-    "report_to": "use the section track",
-    "run_name": "use track.name",
-    "project": "use track.project",
-    "push_to_hub": _HUB,
-    "hub_model_id": _HUB,
-    "hub_token": _HUB,
-    "hub_strategy": _HUB,
-    "hub_private_repo": _HUB,
-    "hub_always_push": _HUB,
-    "hub_revision": _HUB,
-    "bf16": "use model.dtype",
-    "fp16": "use model.dtype",
-    "bf16_full_eval": "use model.dtype",
-    "fp16_full_eval": "use model.dtype",
-    "torch_compile_backend": "blocks are compiled by inductor for fixed shapes",
-    "torch_compile_mode": "blocks are compiled by inductor for fixed shapes",
-    "use_cpu": "accelerate launch decides where it runs; ACCELERATE_USE_CPU=true forces the CPU",
-    "use_cache": "packed documents would see each other with a cache",
-    "model_init_kwargs": "use the section model",
-    "trust_remote_code": "use model.trust_remote_code",
-    "chat_template_path": "the tokenizer's own chat template is used",
-    "eos_token": "the tokenizer's own token is used",
-    "pad_token": "the tokenizer's own token is used",
-    "deepspeed": _ENGINE,
-    "fsdp": _ENGINE,
-    "fsdp_config": _ENGINE,
-    "accelerator_config": _ENGINE,
-    "parallelism_config": _ENGINE,
-    "enable_jit_checkpoint": "it is not exact; a signal saves at the end of the step without it",
-    "auto_find_batch_size": "the batch is global_batch_tokens; set per_device_train_batch_size when memory is short",
-    "per_device_eval_batch_size": "use evaluate.batch_size",
-    "resume_from_checkpoint": "give --resume on the command line",
+_KEPT = {  # reason or remedy: options of the trainer that a configuration cannot set
+    "rows are packed and masked by lp_train.data": "packing packing_strategy padding_free eval_packing "
+    "pad_to_multiple_of shuffle_dataset dataset_kwargs remove_unused_columns",
+    "use text_column of a source in data.train": "dataset_text_field",
+    "use data.truncate": "truncation_mode",
+    "use loss.kd_on": "assistant_only_loss completion_only_loss",
+    "the loss is this project's; see the section loss": "loss_type label_smoothing_factor use_liger_kernel "
+    "liger_kernel_config label_names",
+    "the loss is always divided by the global number of trained tokens": "average_tokens_across_devices",
+    "noise in the embeddings would also reach the original, which is the teacher": "neftune_noise_alpha",
+    "use the section track": "report_to",
+    "use track.name": "run_name",
+    "use track.project": "project",
+    "nothing is uploaded; push the run's folder adapter/ yourself": "push_to_hub hub_model_id hub_token hub_strategy "
+    "hub_private_repo hub_always_push hub_revision",
+    "use model.dtype": "bf16 fp16 bf16_full_eval fp16_full_eval",
+    "blocks are compiled by inductor for fixed shapes": "torch_compile_backend torch_compile_mode",
+    "accelerate launch decides where it runs; ACCELERATE_USE_CPU=true forces the CPU": "use_cpu",
+    "packed documents would see each other with a cache": "use_cache",
+    "use the section model": "model_init_kwargs",
+    "use model.trust_remote_code": "trust_remote_code",
+    "the tokenizer's own is used": "chat_template_path eos_token pad_token",
+    "choose the engine in accelerate's own config file": "deepspeed fsdp fsdp_config accelerator_config "
+    "parallelism_config",
+    "it is not exact; a signal saves at the end of the step without it": "enable_jit_checkpoint",
+    "the batch is global_batch_tokens; set per_device_train_batch_size when memory is short": "auto_find_batch_size",
+    "use evaluate.batch_size": "per_device_eval_batch_size",
+    "give --resume on the command line": "resume_from_checkpoint",
 }
+OWNED_TRAIN: dict[str, str] = {name: reason for reason, names in _KEPT.items() for name in names.split()}
 
 OUR_LORA_DEFAULTS: dict[str, Any] = {"scope": "paired", "r": 16, "lora_dropout": 0.0, "target_modules": None}
 
 _PROGRAM = "set by the program from plan.pairs and lora.scope"
 OWNED_LORA: dict[str, str] = {
-    "layers_to_transform": _PROGRAM,
-    "layers_pattern": _PROGRAM,
-    "task_type": _PROGRAM,
-    "peft_type": _PROGRAM,
-    "inference_mode": _PROGRAM,
+    **dict.fromkeys(("layers_to_transform", "layers_pattern", "task_type", "peft_type", "inference_mode"), _PROGRAM),
     "layer_replication": "it adds layers, and the pairs are those of the original",
     "base_model_name_or_path": "set by the program from model.name_or_path",
     "revision": "use model.revision",

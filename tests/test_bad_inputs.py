@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_run
 import transformers as hf
-from mistakes import MISTAKES, Place
+from mistakes import MISTAKES, Place, broken_weights
 from tiny_run import write_text
 
 import lp_train
@@ -74,6 +74,30 @@ def test_a_mistake_leaves_the_folder_to_the_next_try(place: Place) -> None:
     command = [str(place.shared / "config.yaml"), f"train.output_dir={place.own}/run"]
     assert finetune.main([*command, "data.train=none.jsonl"]) == 2
     assert finetune.main([*command, "train.max_steps=1"]) == 0
+
+
+@pytest.mark.parametrize(
+    "mistake", ["data.train=none.jsonl", "model.name_or_path={own}/broken", "lora.target_modules=[c_attn]"]
+)
+def test_overwrite_deletes_nothing_before_data_and_model_are_good(place: Place, mistake: str) -> None:
+    broken_weights(place)
+    run = tiny_run.copy_run(place.shared / "run", place.own / "again")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    command = [str(place.shared / "config.yaml"), f"train.output_dir={run}", "--overwrite"]
+    assert finetune.main([*command, mistake.format(own=place.own)]) == 2
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert finetune.main([*command, "train.max_steps=1", "train.eval_strategy=no"]) == 0
+    assert not [path.name for path in run.iterdir() if path.name.startswith((".", "checkpoint-2"))]
+
+
+def test_a_refused_resume_leaves_the_configuration(place: Place) -> None:
+    run = tiny_run.copy_run(place.shared / "run", place.own / "again")
+    before = (run / "resolved_config.yaml").read_text()
+    command = [str(place.shared / "config.yaml"), f"train.output_dir={run}", "--resume"]
+    assert finetune.main([*command, "plan.pairs=0:4"]) == 2
+    assert (run / "resolved_config.yaml").read_text() == before
+    assert finetune.main([*command, "train.max_steps=5"]) == 0
+    assert "max_steps: 5" in (run / "resolved_config.yaml").read_text()
 
 
 # --- reading a result back -------------------------------------------------------------------------------------------

@@ -130,14 +130,14 @@ def test_the_key_ignores_whitespace_and_form(parts: list[str]) -> None:
 
 def test_held_out_documents_are_stable_and_not_trained(tmp_path: Path) -> None:
     path = text_file(tmp_path / "a.jsonl", 400)
-    views = [separate(DataConfig([Source(p)], eval_fraction=0.1), None) for p in (path, path)]
+    views = [separate(DataConfig([Source(p)], eval_fraction=0.1)) for p in (path, path)]
     evaluation, train = ({d.key for d in part[0].shuffled(0)} for part in (views[0].eval, views[0].train))
     assert not evaluation & train
     assert len(evaluation | train) == 400
     assert 20 < len(evaluation) < 60
     # A reordered copy of the file holds out the same documents.
     copy = write(tmp_path / "b.jsonl", [{"text": text} for text in reversed(texts(400))])
-    again = separate(DataConfig([Source(copy)], eval_fraction=0.1), None)
+    again = separate(DataConfig([Source(copy)], eval_fraction=0.1))
     assert {d.key for d in again.eval[0].shuffled(1)} == evaluation
 
 
@@ -150,7 +150,7 @@ def test_train_eval_and_calibration_are_disjoint(tmp_path: Path, streaming: bool
         for name, part in (("t", train + spaced), ("e", held + calibration[5:6]), ("c", calibration))
     ]
     config = DataConfig([Source(paths[0])], [Source(paths[1], streaming=streaming)], [Source(paths[2])])
-    views = separate(config, None)
+    views = separate(config)
     keys = {"eval": {d.key for d in views.eval[0].shuffled(0)}, "train": {d.key for d in views.train[0].shuffled(0)}}
     assert keys["train"] == {Document(text).key for text in train}
     assert keys["eval"] == {Document(text).key for text in held}
@@ -164,16 +164,15 @@ def test_what_was_excluded_is_counted(tmp_path: Path, build: Build) -> None:
     assert (stats.documents, stats.eval_documents, stats.excluded_documents) == (25, 5, 5)
 
 
-def test_pydocs_gives_each_role_its_own_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = {
-        role: [{"name": role, "text": text} for text in texts(3, role)] for role in ("train", "eval", "calibration")
-    }
-    monkeypatch.setattr("lp_train.data.sources.load_pydocs", lambda role, folder: parts[role])
+def test_pydocs_holds_documents_out_like_any_other_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lp_train.data.sources.load_pydocs", lambda: [{"text": text} for text in texts(50)])
     pydocs = [Source("builtin:pydocs")]
-    for config in (DataConfig(pydocs), DataConfig(pydocs, pydocs, pydocs)):
-        views = separate(config, None)
-        assert {d.text for d in views.train[0].shuffled(0)} == set(texts(3, "train"))
-        assert {d.text for d in views.eval[0].shuffled(0)} == set(texts(3, "eval"))
+    views = separate(DataConfig(pydocs, eval_fraction=0.3))
+    train, held = ({d.text for d in part[0].shuffled(0)} for part in (views.train, views.eval))
+    assert train and held and not train & held and train | held == set(texts(50))
+    with pytest.raises(UserError) as error:
+        separate(DataConfig(pydocs, pydocs))
+    one_line(error, "builtin:pydocs is also in data.eval", "leave data.eval out")
 
 
 def test_reading_stops_when_there_is_enough(tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

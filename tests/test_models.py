@@ -152,9 +152,31 @@ def test_fingerprint_is_of_the_base(tmp_path: Path, tiny_tokenizer: hf.PreTraine
     one, other = (tiny_run.save_model(tmp_path / str(seed), tiny_tokenizer, seed) for seed in (1, 2))
     half = base(one, dtype="bfloat16")
     half.save_pretrained(tmp_path / "half")
-    fingerprints = {models.fingerprint(base(tmp_path / "half", dtype=dtype)) for dtype in ("bfloat16", "float32")}
-    assert fingerprints == {models.fingerprint(half)}
+    for folder in (one, tmp_path / "half"):  # however it is stored, and however it is loaded
+        dtypes = ("bfloat16", "float16", "float32")
+        fingerprints = {models.fingerprint(base(folder, dtype=dtype)) for dtype in dtypes}
+        assert fingerprints == {models.fingerprint(half)}
     assert models.fingerprint(base(other, dtype="bfloat16")) not in fingerprints
+
+
+def test_a_result_loads_in_another_precision_than_that_of_its_training(
+    shared: Path, tmp_path: Path, tiny_tokenizer: hf.PreTrainedTokenizerFast
+) -> None:
+    arguments = ["model.dtype=float16", "train.max_steps=1", f"train.output_dir={tmp_path / 'run'}"]
+    assert finetune.main([str(shared / "config.yaml"), *arguments]) == 0
+    for dtype in ("float16", "bfloat16", "float32"):
+        model, _ = lp_train.load(str(tmp_path / "run"), dtype=dtype)
+        assert model.dtype == getattr(torch, dtype)
+
+
+def test_the_teacher_has_no_dropout(
+    tmp_path: Path, tiny_tokenizer: hf.PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = base(tiny_run.save_model(tmp_path / "model", tiny_tokenizer, attention_dropout=0.5))
+    assert "attention_dropout 0.5 of the base is set to 0" in capsys.readouterr().out
+    expected = logits(model)
+    with sequential(pair_layers(model, "2:6").train()), torch.no_grad():
+        assert torch.equal(model(IDS, use_cache=False).logits, expected)
 
 
 def test_fingerprint_is_of_the_base_through_adapters_and_pairs(shared: Path) -> None:

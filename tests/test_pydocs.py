@@ -1,7 +1,6 @@
-"""``builtin:pydocs``: prose and nothing else, each paragraph once, three disjoint parts, written once."""
+"""``builtin:pydocs``: prose and nothing else, each paragraph once, the same twice."""
 
-import json
-import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,78 +50,37 @@ def test_prose_is_kept_and_put_on_one_line() -> None:
     assert all("\n" not in paragraph and "  " not in paragraph for paragraph in kept)
 
 
-def test_documents_of_a_module() -> None:
-    large = "\n".join(f"    def m{n}(self):\n        '''{OTHER} Case {n}.'''\n" for n in range(8))
-    source = (
-        f"'''{SENTENCE} Module.'''\n"
-        f"class Large:\n    '''{SENTENCE} Class.'''\n{large}\n"
-        f"class Small:\n    '''{SENTENCE} Small.'''\n"
-        f"def function():\n    '''{SENTENCE} Function.'''\n    def inner():\n        '''{SENTENCE} Inner.'''\n"
-    )
-    documents = dict(pydocs.module_documents(source, "package.module"))
-    assert list(documents) == ["package.module.Large", "package.module"]
-    assert documents["package.module"] == [f"{SENTENCE} {word}." for word in ("Module", "Small", "Function")]
-    assert documents["package.module.Large"][0] == f"{SENTENCE} Class."
-    assert len(documents["package.module.Large"]) == 9
-    assert list(pydocs.module_documents("def broken(:", "m")) == []
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two source files of twenty docstrings, half of them in both; the second one cannot be imported."""
+    for name, first in (("one", 0), ("two", 10)):
+        functions = (f"def f{n}():\n    '''{SENTENCE} {OTHER}'''\n".replace("'''", '"""') for n in range(20))
+        told = "\n".join(f.replace("whole line", f"line of {first + n}") for n, f in enumerate(functions))
+        (tmp_path / f"{name}.py").write_text(told + "raise RuntimeError\n")
+    monkeypatch.setattr(pydocs, "_source_files", lambda: sorted(tmp_path.glob("*.py")))
+    pydocs.load_pydocs.cache_clear()
+    yield
+    pydocs.load_pydocs.cache_clear()
 
 
-def test_parts_by_name() -> None:
-    parts = [pydocs.part_of(f"module{n}.Class") for n in range(5000)]
-    assert 0.03 < parts.count("eval") / 5000 < 0.05
-    assert 0.01 < parts.count("calibration") / 5000 < 0.03
-    # Pinned: another hash would move documents between training and evaluation of older runs.
-    assert [pydocs.part_of(name) for name in ("argparse", "copy", "m12")] == ["train", "eval", "calibration"]
+def test_every_paragraph_stands_once_and_documents_are_of_one_size(files: None) -> None:
+    documents = [row["text"] for row in pydocs.load_pydocs()]
+    paragraphs = [paragraph for document in documents for paragraph in document.split("\n\n")]
+    assert len(paragraphs) == len(set(paragraphs)) == 30
+    assert all("'''" not in p and p.endswith(OTHER) for p in paragraphs)
+    assert max(map(len, documents)) < pydocs.DOCUMENT_CHARACTERS + 300
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of two modules of the standard library, as the cache keeps them."""
-    folder = tmp_path_factory.mktemp("cache")
-    files = [(name, Path(sysconfig.get_path("stdlib"), f"{name}.py")) for name in ("argparse", "functools", "typing")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pydocs, "_source_files", lambda: iter(files))
-        pydocs.load_pydocs("train", folder)
-    return folder
-
-
-def test_the_cache_is_written_once_and_complete(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (file,) = folder.iterdir()  # no temporary file is left
-    assert file.suffix == ".jsonl"
-    monkeypatch.setattr(pydocs, "_collect", lambda: pytest.fail("collected again"))
-    parts = [pydocs.load_pydocs(part, folder) for part in ("train", "eval", "calibration")]
-    written = [json.loads(line) for line in file.read_text().splitlines()]
-    assert sum(map(len, parts)) == len(written) > 3
-    assert {document["name"] for part in parts for document in part} == {document["name"] for document in written}
-
-
-def test_paragraphs_stand_once(folder: Path) -> None:
-    (file,) = folder.iterdir()
-    documents = [json.loads(line) for line in file.read_text().splitlines()]
-    paragraphs = [paragraph for document in documents for paragraph in document["text"].split("\n\n")]
-    assert len(paragraphs) == len(set(paragraphs)) > 50
-
-
-def test_other_versions_have_another_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = pydocs._versions_hash()
-    monkeypatch.setattr(pydocs.platform, "python_version", lambda: "3.99.0")
-    assert pydocs._versions_hash() != name
-
-
-def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LP_TRAIN_CACHE", str(tmp_path))
-    assert pydocs.cache_folder() == tmp_path
-    monkeypatch.delenv("LP_TRAIN_CACHE")
-    assert pydocs.cache_folder() == Path.home() / ".cache" / "lp_train"
+def test_reading_stops_when_there_is_enough(files: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pydocs, "ENOUGH_CHARACTERS", 100)
+    assert sum(row["text"].count("line of") for row in pydocs.load_pydocs()) == 20
 
 
 @pytest.mark.slow
-def test_the_same_documents_twice_and_none_in_two_parts(tmp_path: Path) -> None:
+def test_the_same_documents_twice() -> None:
     """The real thing: the standard library and the installed packages."""
-    parts = {part: pydocs.load_pydocs(part, tmp_path / "a") for part in ("train", "eval", "calibration")}
-    assert parts["train"] == pydocs.load_pydocs("train", tmp_path / "b")
-    paragraphs = {part: {p for d in found for p in d["text"].split("\n\n")} for part, found in parts.items()}
-    assert not paragraphs["train"] & paragraphs["eval"]
-    assert not paragraphs["train"] & paragraphs["calibration"]
-    assert sum(len(d["text"]) for d in parts["train"]) > 1_500_000
-    assert sum(len(d["text"]) for d in parts["eval"]) > 40_000
+    pydocs.load_pydocs.cache_clear()
+    documents = pydocs.load_pydocs()
+    pydocs.load_pydocs.cache_clear()
+    assert pydocs.load_pydocs() == documents
+    assert sum(len(row["text"]) for row in documents) > 750_000

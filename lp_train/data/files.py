@@ -5,7 +5,7 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,12 +22,8 @@ _UNREADABLE = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error
 
 def is_local(path: str) -> bool:
     """Whether ``path`` means files on this machine and not a hub dataset: it exists or looks like a file name."""
-    return (
-        glob.has_magic(path)
-        or path.startswith((".", "/", "~"))
-        or _format(Path(path)) in _READERS
-        or Path(path).expanduser().exists()
-    )
+    looks_local = glob.has_magic(path) or path.startswith((".", "/", "~")) or _format(Path(path)) in _READERS
+    return looks_local or Path(path).expanduser().exists()
 
 
 def find_files(path: str) -> list[Path]:
@@ -37,16 +33,13 @@ def find_files(path: str) -> list[Path]:
         UserError: nothing there, a folder, or a kind of file that cannot be read.
     """
     expanded = str(Path(path).expanduser())
-    if glob.has_magic(expanded):
-        files = sorted(Path(name) for name in glob.glob(expanded, recursive=True) if Path(name).is_file())
-        if not files:
-            raise UserError(f"{path}: no file matches this pattern; check it from the folder {Path.cwd()}")
-    elif Path(expanded).is_dir():
+    if Path(expanded).is_dir():
         raise UserError(f"{path}: this is a folder; name its files with a pattern such as {path.rstrip('/')}/*.jsonl")
-    elif not Path(expanded).exists():
+    files = sorted(Path(name) for name in glob.glob(expanded, recursive=True) if Path(name).is_file())
+    if not files and glob.has_magic(expanded):
+        raise UserError(f"{path}: no file matches this pattern; check it from the folder {Path.cwd()}")
+    if not files:
         raise UserError(f"{path}: no such file; relative paths start at {Path.cwd()}")
-    else:
-        files = [Path(expanded)]
     for file in files:
         if _format(file) not in _READERS:
             known = ", ".join(sorted(_READERS))
@@ -58,7 +51,7 @@ def read_rows(files: list[Path]) -> Iterator[Row]:
     """The rows of the files in order. A ``.txt`` file is one row ``{"text": ...}``.
 
     Raises:
-        UserError: a file that is empty or cannot be read; for JSON lines with the line's number.
+        UserError: a file that is empty or cannot be read; for JSON with the line's number.
     """
     for file in files:
         row = None
@@ -66,9 +59,8 @@ def read_rows(files: list[Path]) -> Iterator[Row]:
             for row in _READERS[_format(file)](file):
                 yield row
         except _UNREADABLE as error:
-            raise UserError(
-                f"{file}: cannot be read ({' '.join(str(error).split())}); check or rebuild the file"
-            ) from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"{file}: cannot be read ({reason}); check or rebuild the file") from None
         if row is None:
             raise UserError(f"{file}: the file is empty; remove it from the data or fill it")
 
@@ -89,35 +81,31 @@ def _read_text(file: Path) -> Iterator[Row]:
         yield {"text": text}
 
 
-def _read_json_lines(file: Path) -> Iterator[Row]:
-    with _open(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield _row(line, f"{file}, line {number}")
-
-
 def _read_json(file: Path) -> Iterator[Row]:
-    """A list of objects, or, as often under this name, one object a line."""
+    """One object a line; a ``.json`` file may instead be one list of them."""
     with _open(file) as stream:
-        start = stream.read(1024).lstrip()[:1]
-    if start != "[":
-        yield from _read_json_lines(file)
-        return
-    with _open(file) as stream:
-        try:
-            values = json.load(stream)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {error.lineno}: not JSON ({error.msg}); mend this line") from None
-    for number, value in enumerate(values, start=1):
-        yield _row(value, f"{file}, item {number}")
+        lines: Iterable[str] = stream
+        if _format(file) == ".json":
+            text = stream.read()
+            if text.lstrip().startswith("["):
+                for number, value in enumerate(_parse(text, file), start=1):
+                    yield _object(value, f"{file}, item {number}")
+                return
+            lines = text.splitlines()
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _object(_parse(line.strip(), file, number), f"{file}, line {number}")
 
 
-def _row(value: Any, where: str) -> Row:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}); every line is one JSON object") from None
+def _parse(text: str, file: Path, line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{file}, line {line + error.lineno - 1}"
+        raise UserError(f"{where}: not JSON ({error.msg}); every line is one JSON object") from None
+
+
+def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise UserError(f'{where}: a {type(value).__name__}; every row is a JSON object such as {{"text": "..."}}')
     return value
@@ -130,7 +118,7 @@ def _read_parquet(file: Path) -> Iterator[Row]:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _read_json_lines,
+    ".jsonl": _read_json,
     ".json": _read_json,
     ".txt": _read_text,
     ".parquet": _read_parquet,

@@ -2,18 +2,15 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tqdm import tqdm
 
 from lp_train.config import DataConfig
-from lp_train.data.sources import PYDOCS, Document, OpenSource, Role, open_source
+from lp_train.data.sources import Document, OpenSource, Role, open_source
 from lp_train.data.tokens import Encoder, Tokens
 from lp_train.errors import UserError
-
-Drawn = list[tuple[int, Tokens]]  # number of the source, document
 
 _ROLES: tuple[Role, ...] = ("train", "eval", "calibration")
 
@@ -35,17 +32,20 @@ class Separation:
     excluded: set[bytes] = field(default_factory=set)  # keys of documents that training met and left out
 
 
-def separate(data: DataConfig, cache_dir: Path | None) -> Separation:
+def separate(data: DataConfig) -> Separation:
     """Opens all sources and keeps the roles apart, by their paths and by the text of every document.
 
     Raises:
         UserError: a source that cannot be opened, or the same rows in two roles.
     """
-    opened = {role: [open_source(s, role, cache_dir) for s in getattr(data, role) or []] for role in _ROLES}
+    opened = {role: [open_source(s, role) for s in getattr(data, role) or []] for role in _ROLES}
     _refuse_shared_rows(opened)
     calibration = {document.key for source in opened["calibration"] for document in source.shuffled(seed=0)}
     evaluated: set[bytes] = set()
     result = Separation()
+
+    def in_held_out_share(key: bytes) -> bool:
+        return data.eval is None and held_out(key, data.eval_fraction)
 
     def keep_for_eval(key: bytes) -> bool:
         if key not in calibration:
@@ -58,9 +58,6 @@ def separate(data: DataConfig, cache_dir: Path | None) -> Separation:
             return False
         return True
 
-    def in_held_out_share(key: bytes) -> bool:
-        return held_out(key, data.eval_fraction)
-
     for source in opened["eval"]:
         view = source.only(keep_for_eval)
         if not view.streamed:  # all of it, however little is drawn: training data do not depend on eval's size
@@ -68,13 +65,8 @@ def separate(data: DataConfig, cache_dir: Path | None) -> Separation:
                 pass
         result.eval.append(view)
     for source in opened["train"]:
-        if data.eval is not None:
-            result.train.append(source.only(keep_for_training))
-        elif source.source.path == PYDOCS:
-            result.train.append(source.only(keep_for_training))
-            result.eval.append(open_source(source.source, "eval", cache_dir).only(keep_for_eval))
-        else:
-            result.train.append(source.only(lambda key: not in_held_out_share(key) and keep_for_training(key)))
+        result.train.append(source.only(lambda key: not in_held_out_share(key) and keep_for_training(key)))
+        if data.eval is None:
             result.eval.append(source.only(lambda key: in_held_out_share(key) and keep_for_eval(key)))
     return result
 
@@ -94,25 +86,23 @@ def _refuse_shared_rows(opened: dict[Role, list[OpenSource]]) -> None:
             raise UserError(f"{source.label}: calibration text is read whole, to keep it apart; set streaming: false")
 
 
-def draw_eval(sources: list[OpenSource], encoder: Encoder, tokens: int, seed: int) -> list[tuple[str, Tokens]]:
-    """The first ``tokens`` tokens of the shuffled sources, the same share of each as far as it has that much; each
-    document with its domain."""
-    drawn: list[tuple[str, Tokens]] = []
+def draw_eval(sources: list[OpenSource], encoder: Encoder, tokens: int, seed: int) -> list[Tokens]:
+    """The first ``tokens`` tokens of the shuffled sources, the same share of each as far as it has that much."""
+    drawn: list[Tokens] = []
     left = tokens
     for number, source in enumerate(sources):
         share = left // (len(sources) - number)
-        for domain, document in encoder.encode_stream(source.in_domains(seed)):
+        for document in encoder.encode_stream(source.shuffled(seed)):
             if share <= 0:
                 break
             # Cut by us and not lost to training: not counted as dropped.
-            kept = Tokens(document.ids[:share], document.trained[:share], document.masked, document.dropped)
-            drawn.append((domain, kept))
-            share -= len(kept.ids)
-            left -= len(kept.ids)
+            drawn.append(replace(document.cut(share), dropped=document.dropped))
+            share -= len(drawn[-1].ids)
+            left -= len(drawn[-1].ids)
     return drawn
 
 
-def draw_train(sources: list[OpenSource], encoder: Encoder, tokens: int | None, seed: int) -> Drawn:
+def draw_train(sources: list[OpenSource], encoder: Encoder, tokens: int | None, seed: int) -> list[Tokens]:
     """Documents until there are ``tokens`` tokens, or (None) until every source was read once.
 
     Sources without weights are shuffled together and read once at most. With weights, the next document always comes
@@ -122,11 +112,11 @@ def draw_train(sources: list[OpenSource], encoder: Encoder, tokens: int | None, 
         stream = encoder.encode_stream(_pooled(sources, seed))
     else:
         stream = _weighted(sources, encoder, seed, once=tokens is None)
-    drawn: Drawn = []
+    drawn: list[Tokens] = []
     total = 0
     with tqdm(total=tokens, desc="tokenising", unit="tok", unit_scale=True, delay=3, leave=False) as bar:
-        for number, document in stream:
-            drawn.append((number, document))
+        for document in stream:
+            drawn.append(document)
             total += len(document.ids)
             bar.update(len(document.ids))
             if tokens is not None and total >= tokens:
@@ -134,44 +124,36 @@ def draw_train(sources: list[OpenSource], encoder: Encoder, tokens: int | None, 
     return drawn
 
 
-def _pooled(sources: list[OpenSource], seed: int) -> Iterator[tuple[int, Document]]:
+def _pooled(sources: list[OpenSource], seed: int) -> Iterator[Document]:
     """All documents of all sources once, in one shuffled order."""
-    streamed = [source for source in sources if source.streamed]
+    streamed = [source.label for source in sources if source.streamed]
     if streamed and len(sources) > 1:
-        raise UserError(
-            f"{streamed[0].label}: a streamed source has no known size to mix by; give all sources a weight"
-        )
+        raise UserError(f"{streamed[0]}: a streamed source has no known size to mix by; give all sources a weight")
     if streamed:
-        yield from ((0, document) for document in streamed[0].shuffled(seed))
+        yield from sources[0].shuffled(seed)
         return
-    ends = np.cumsum([len(source.rows) for source in sources])
-    for position in np.random.default_rng(seed).permutation(ends[-1]):
-        number = int(np.searchsorted(ends, position, side="right"))
-        row = int(position - ends[number]) + len(sources[number].rows)
-        yield from ((number, document) for document in sources[number].numbered(row))
+    starts = np.cumsum([0, *(len(source.rows) for source in sources)])
+    for position in np.random.default_rng(seed).permutation(starts[-1]):
+        number = int(np.searchsorted(starts, position, side="right")) - 1
+        yield from sources[number].numbered(int(position - starts[number]))
 
 
-def _weighted(sources: list[OpenSource], encoder: Encoder, seed: int, once: bool) -> Iterator[tuple[int, Tokens]]:
+def _weighted(sources: list[OpenSource], encoder: Encoder, seed: int, once: bool) -> Iterator[Tokens]:
     assert all(source.source.weight for source in sources), "the configuration refuses weights for a part of the list"
-    streams = [encoder.encode_stream(_repeated(source, seed)) for source in sources]
+    streams = [encoder.encode_stream(source.shuffled(seed)) for source in sources]
     drawn = [0.0] * len(sources)  # tokens over weight
-    rounds = [0] * len(sources)
+    rounds = [0] * len(sources)  # each in another order
     while True:
         number = drawn.index(min(drawn))
-        rounds[number], document = next(streams[number])
-        if once and min(rounds) > 0:
-            return
-        drawn[number] += max(len(document.ids), 1) / (sources[number].source.weight or 1.0)
-        yield number, document
-
-
-def _repeated(source: OpenSource, seed: int) -> Iterator[tuple[int, Document]]:
-    """``(round, document)`` without end, every round in another order."""
-    round_number = 0
-    while True:
-        document = None
-        for document in source.shuffled(seed + round_number):
-            yield round_number, document
+        source, document = sources[number], next(streams[number], None)
         if document is None:
-            raise UserError(f"{source.label}: no document is left to train on (all empty, held out, or in data.eval)")
-        round_number += 1
+            if not drawn[number]:
+                none_left = "no document is left to train on (all empty, held out, or in data.eval)"
+                raise UserError(f"{source.label}: {none_left}")
+            rounds[number] += 1
+            if once and min(rounds) > 0:
+                return
+            streams[number] = encoder.encode_stream(source.shuffled(seed + rounds[number]))
+            continue
+        drawn[number] += max(len(document.ids), 1) / (source.source.weight or 1.0)
+        yield document

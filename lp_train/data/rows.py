@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from lp_train.config import DataConfig
-from lp_train.data.mixture import Drawn, draw_eval, draw_train, separate
+from lp_train.data.mixture import draw_eval, draw_train, separate
 from lp_train.data.tokens import Encoder, Tokens
 from lp_train.errors import UserError
 
@@ -74,7 +73,6 @@ def build_data(
     eval_tokens: int,
     kd_on: Literal["completion", "all"],
     seed: int,
-    cache_dir: Path | None = None,
 ) -> Data:
     """Reads, splits, tokenises and packs the data of a run.
 
@@ -82,91 +80,90 @@ def build_data(
     Rows hold up to ``max_length`` tokens of whole documents; longer documents are split. ``labels`` are the tokens
     themselves where they are trained (``kd_on`` all: everywhere), else -100, as is the first token of every piece,
     which nothing predicts. With ``kd_on`` all and masked documents, ``ce_labels`` are those of "completion".
-    ``cache_dir`` is where ``builtin:pydocs`` is kept.
 
     Raises:
         UserError: sources that cannot be read or overlap; no token, no trained token, no evaluation text; more than
             1 % of the tokens lost without ``data.truncate``.
     """
     encoder = Encoder(tokenizer, max_length if data.truncate else None)
-    views = separate(data, cache_dir)
-    held_out_of = draw_eval(views.eval, encoder, eval_tokens, seed)
-    if not held_out_of:
+    views = separate(data)
+    held_out = draw_eval(views.eval, encoder, eval_tokens, seed)
+    if not held_out:
         raise UserError(_no_eval_message(data))
-    held_out, domains = [document for _, document in held_out_of], sorted({domain for domain, _ in held_out_of})
-    places = [domains.index(domain) for domain, _ in held_out_of]
-    drawn = draw_train(views.train, encoder, train_tokens, seed)
-    documents = [document for _, document in drawn]
+    documents = draw_train(views.train, encoder, train_tokens, seed)
     if not documents:
         raise UserError("data.train: zero tokens; all documents are empty, held out, or also in data.eval")
-    two_labels = kd_on == "all" and any(document.masked for document in documents + held_out)
-    train, evaluation = (
-        _label(packed, train_all=kd_on == "all", two_labels=two_labels)
-        for packed in (pack(documents, max_length), pack(held_out, max_length, places))
-    )
-    stats = _count(data, drawn, held_out, train, evaluation, len(views.excluded))
+    everywhere = kd_on == "all"
+    two_labels = everywhere and any(document.masked for document in documents + held_out)
+    train = pack(documents, max_length, everywhere, two_labels)
+    domains = sorted({document.domain for document in held_out})
+    evaluation = pack(held_out, max_length, everywhere, two_labels, domains)
+    stats = _count(data, documents, held_out, train, evaluation, len(views.excluded))
     _check(stats, data.truncate)
     return Data(train, evaluation, stats, domains)
 
 
-def pack(documents: list[Tokens], max_length: int, domains: list[int] | None = None) -> Dataset:
-    """Packs documents into rows of up to ``max_length`` tokens: ``input_ids``, ``trained``, ``seq_lengths`` and, of
-    documents with ``domains``, for each token its document's ``domain``."""
-    ends = np.cumsum([0] + [len(document.ids) for document in documents])
-    # The narrow type on purpose: more than 2^31 tokens in memory is an error here and not an overflow.
-    offsets = pa.array(ends, pa.int32())
-    columns = {
-        "input_ids": pa.ListArray.from_arrays(offsets, np.concatenate([document.ids for document in documents])),
-        "trained": pa.ListArray.from_arrays(offsets, np.concatenate([document.trained for document in documents])),
-    }
-    if domains is not None:
-        of_token = np.repeat(np.array(domains, np.int32), np.diff(ends))
-        columns["domain"] = pa.ListArray.from_arrays(offsets, of_token)
-    return pack_dataset(Dataset(pa.table(columns)), max_length, "bfd_split", {"desc": "packing"})
+def pack(
+    documents: list[Tokens],
+    max_length: int,
+    train_all: bool = False,
+    two_labels: bool = False,
+    domains: list[str] | None = None,
+) -> Dataset:
+    """Packs documents into rows of up to ``max_length`` tokens with the columns of :class:`Data`.
 
-
-def _label(packed: Dataset, train_all: bool, two_labels: bool) -> Dataset:
-    """Replaces ``trained`` by labels."""
-    table = packed.with_format("arrow")[:].combine_chunks()
-    rows = {name: table.column(name).combine_chunks() for name in ("input_ids", "trained", "seq_lengths")}
-    flat = {name: column.flatten().to_numpy(zero_copy_only=False) for name, column in rows.items()}
-    ids, lengths = flat["input_ids"], flat["seq_lengths"]
-    starts = np.cumsum(lengths) - lengths
-    offsets = pa.array(np.cumsum([0, *rows["input_ids"].value_lengths().to_numpy()]), pa.int32())
-
-    def labels(trained: np.ndarray) -> pa.ListArray:
-        values = np.where(trained, ids, IGNORED).astype(np.int32)
-        values[starts] = IGNORED
-        return pa.ListArray.from_arrays(offsets, values)
-
-    columns = {
-        "input_ids": rows["input_ids"],
-        "labels": labels(np.ones(len(ids), bool) if train_all else flat["trained"]),
-        "seq_lengths": rows["seq_lengths"],
-    }
+    ``train_all``: every token is a label; ``two_labels``: ``ce_labels`` are then those of the trained ones.
+    ``domains``: the column ``domain`` holds the place of the document's domain in them.
+    """
+    lengths = [len(document.ids) for document in documents]
+    ids = np.concatenate([document.ids for document in documents])
+    labels = np.where(np.concatenate([document.trained for document in documents]), ids, IGNORED).astype(np.int32)
+    columns = {"input_ids": ids, "labels": ids if train_all else labels}
     if two_labels:
-        columns["ce_labels"] = labels(flat["trained"])
-    if "domain" in table.column_names:
-        columns["domain"] = table.column("domain").combine_chunks()
-    return Dataset(pa.table(columns))
+        columns["ce_labels"] = labels
+    if domains is not None:
+        places = [domains.index(document.domain) for document in documents]
+        columns["domain"] = np.repeat(np.array(places, np.int32), lengths)
+    # The narrow type on purpose: more than 2^31 tokens in memory is an error here and not an overflow.
+    offsets = pa.array(np.cumsum([0, *lengths]), pa.int32())
+    table = pa.table({name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()})
+    packed = pack_dataset(Dataset(table), max_length, "bfd_split", {"desc": "packing"})
+    rows = packed.with_format("arrow")[:].combine_chunks()
+    sizes = _flat(packed, "seq_lengths")
+    for name in ("labels", "ce_labels"):
+        if name in columns:
+            column = rows[name].combine_chunks()
+            values = column.flatten().to_numpy().copy()
+            values[np.cumsum(sizes) - sizes] = IGNORED  # the first token of a piece follows nothing
+            masked = pa.ListArray.from_arrays(column.offsets, values)
+            rows = rows.set_column(rows.column_names.index(name), name, masked)
+    return Dataset(rows)
 
 
 def _count(
-    data: DataConfig, drawn: Drawn, held_out: list[Tokens], train: Dataset, evaluation: Dataset, excluded: int
+    data: DataConfig,
+    documents: list[Tokens],
+    held_out: list[Tokens],
+    train: Dataset,
+    evaluation: Dataset,
+    excluded: int,
 ) -> DataStats:
     by_source = dict.fromkeys((source.path for source in data.train), 0)
-    for number, document in drawn:
-        by_source[data.train[number].path] += len(document.ids)
-    lost = sum(by_source.values()) - _tokens(train)
+    for document in documents:
+        by_source[document.path] += len(document.ids)
+    (tokens, trained), (eval_tokens, eval_trained) = (
+        (int(_flat(rows, "seq_lengths").sum()), int((_flat(rows, "labels") != IGNORED).sum()))
+        for rows in (train, evaluation)
+    )
     return DataStats(
-        documents=len(drawn),
-        tokens=_tokens(train),
-        trained_tokens=_trained(train),
-        dropped_tokens=sum(document.dropped for _, document in drawn) + lost,
+        documents=len(documents),
+        tokens=tokens,
+        trained_tokens=trained,
+        dropped_tokens=sum(document.dropped for document in documents) + sum(by_source.values()) - tokens,
         rows=len(train),
         eval_documents=len(held_out),
-        eval_tokens=_tokens(evaluation),
-        eval_trained_tokens=_trained(evaluation),
+        eval_tokens=eval_tokens,
+        eval_trained_tokens=eval_trained,
         eval_rows=len(evaluation),
         excluded_documents=excluded,
         sources=by_source,
@@ -175,14 +172,6 @@ def _count(
 
 def _flat(rows: Dataset, column: str) -> np.ndarray:
     return rows.with_format("arrow")[column].combine_chunks().flatten().to_numpy()
-
-
-def _tokens(rows: Dataset) -> int:
-    return int(_flat(rows, "seq_lengths").sum())
-
-
-def _trained(rows: Dataset) -> int:
-    return int((_flat(rows, "labels") != IGNORED).sum())
 
 
 def _check(stats: DataStats, truncate: bool) -> None:

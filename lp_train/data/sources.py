@@ -4,12 +4,11 @@ import dataclasses
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import datasets
-from trl import maybe_convert_to_chatml
 
 from lp_train.config import Source
 from lp_train.data.files import Row, find_files, is_local, read_rows
@@ -20,7 +19,14 @@ Role = Literal["train", "eval", "calibration"]
 Rows: TypeAlias = Sequence[Row] | datasets.Dataset | datasets.IterableDataset
 
 PYDOCS = "builtin:pydocs"
-# ShareGPT's names: TRL renames the keys "from" and "value" but leaves these, and no chat template knows them.
+_FORMS = (
+    {"messages": "messages"},
+    {"messages": "conversations"},
+    {"prompt": "prompt", "completion": "completion"},
+    {"text": "text"},
+)
+# ShareGPT's names, which no chat template knows.
+_KEYS = {"from": "role", "value": "content"}
 _ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 
 
@@ -29,13 +35,16 @@ class Document:
     """One document, in one of three forms.
 
     Plain text: ``text``. Prompt and completion: ``prompt`` and ``text``, the completion. Chat: ``messages`` (``role``
-    and ``content`` each), of which the first ``context`` are a prompt and never trained.
+    and ``content`` each), of which the first ``context`` are a prompt and never trained. ``path`` is its source's;
+    ``domain`` says what kind of text it is: its file's name up to the first dot, or the data set's name.
     """
 
     text: str = ""
     prompt: str | None = None
     messages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     context: int = 0
+    path: str = dataclasses.field(default="", compare=False)
+    domain: str = dataclasses.field(default="", compare=False)
 
     @property
     def is_empty(self) -> bool:
@@ -58,8 +67,8 @@ class Document:
 class OpenSource:
     """A source with its rows at hand, or with the means to stream them.
 
-    ``identity`` names where the rows come from, so that two roles with a common row source are found out; empty where
-    the roles cannot meet. ``keep`` says by a document's key whether it belongs to this view of the source.
+    ``identity`` names where the rows come from, so that two roles with a common row source are found out.
+    ``keep`` says by a document's key whether it belongs to this view of the source.
     """
 
     source: Source
@@ -67,62 +76,47 @@ class OpenSource:
     identity: frozenset[str]
     rows: Rows
     columns: dict[str, str]
-    files: list[str] = dataclasses.field(default_factory=list)  # of local rows at hand: the file of each
-    keep: Callable[[bytes], bool] | None = None
+    files: list[str]  # of local rows at hand: the file of each
+    keep: Callable[[bytes], bool] = lambda key: True
 
     @property
     def streamed(self) -> bool:
         return isinstance(self.rows, datasets.IterableDataset)
 
-    def domain(self, number: int) -> str:
-        """What kind of text row ``number`` is: its file's name up to the first dot, or that of the data set."""
-        if self.files:
-            return self.files[number].partition(".")[0]
-        name = Path(self.source.path.removeprefix("builtin:")).name
-        return f"{name}:{self.source.name}" if self.source.name else name
-
     def only(self, keep: Callable[[bytes], bool]) -> "OpenSource":
         """This source without the documents whose key ``keep`` refuses."""
         return dataclasses.replace(self, keep=keep)
 
-    def order(self, seed: int) -> list[int]:
-        """A permutation of the rows' numbers. Not for a streamed source, whose length is not known."""
-        return random.Random(seed).sample(range(len(self.rows)), len(self.rows))
-
     def shuffled(self, seed: int) -> Iterator[Document]:
         """The documents once, in an order fixed by the seed (a streamed source: through a buffer of 1,000)."""
         if isinstance(self.rows, datasets.IterableDataset):
-            return self._kept(self.rows.shuffle(seed=seed, buffer_size=1000))
-        return self._kept(self.rows[number] for number in self.order(seed))
-
-    def in_domains(self, seed: int) -> Iterator[tuple[str, Document]]:
-        """:meth:`shuffled`, each document with its :meth:`domain`."""
-        if self.streamed:
-            yield from ((self.domain(0), document) for document in self.shuffled(seed))
+            for row in self.rows.shuffle(seed=seed, buffer_size=1000):
+                yield from self._kept(row)
         else:
-            for number in self.order(seed):
-                yield from ((self.domain(number), document) for document in self.numbered(number))
+            for number in random.Random(seed).sample(range(len(self.rows)), len(self.rows)):
+                yield from self.numbered(number)
 
     def numbered(self, number: int) -> Iterator[Document]:
         """The document of row ``number`` if it belongs to this view, else nothing."""
-        return self._kept([self.rows[number]])
+        return self._kept(self.rows[number], self.files[number] if self.files else "")
 
-    def _kept(self, rows: Iterable[Row]) -> Iterator[Document]:
-        for row in rows:
-            document = _document(row, self.columns, self.label)
-            if not document.is_empty and (self.keep is None or self.keep(document.key)):
-                yield document
+    def _kept(self, row: Row, file: str = "") -> Iterator[Document]:
+        document = _document(row, self.columns, self.label)
+        if not document.is_empty and self.keep(document.key):
+            name = Path(self.source.path.removeprefix("builtin:")).name
+            of_source = f"{name}:{self.source.name}" if self.source.name else name
+            yield dataclasses.replace(document, path=self.source.path, domain=file.partition(".")[0] or of_source)
 
 
-def open_source(source: Source, role: Role, cache_dir: Path | None = None) -> OpenSource:
-    """Finds the rows and the columns of a source. ``builtin:pydocs`` gives each role a part of its own.
+def open_source(source: Source, role: Role) -> OpenSource:
+    """Finds the rows and the columns of a source.
 
     Raises:
         UserError: a path, pattern, file, hub dataset or column that is not there, or a file that cannot be read.
     """
     label = f"data.{role} {source.path}"
     try:
-        identity, rows, files = _rows(source, role, cache_dir)
+        identity, rows, files = _rows(source)
         first = next(iter(rows), None)
         if first is None:
             raise UserError(f"{source.path}: no rows; check the split ({source.split}) and the revision")
@@ -131,9 +125,10 @@ def open_source(source: Source, role: Role, cache_dir: Path | None = None) -> Op
     return OpenSource(source, label, identity, rows, _find_columns(source, list(first), label), files)
 
 
-def _rows(source: Source, role: Role, cache_dir: Path | None) -> tuple[frozenset[str], Rows, list[str]]:
+def _rows(source: Source) -> tuple[frozenset[str], Rows, list[str]]:
+    """Where the rows come from, the rows, and the file of each."""
     if source.path == PYDOCS:
-        return frozenset(), load_pydocs(role, cache_dir), []
+        return frozenset([PYDOCS]), load_pydocs(), []
     if not is_local(source.path):
         return frozenset([f"{source.path}:{source.name}:{source.split}"]), _load_from_hub(source), []
     files = find_files(source.path)
@@ -154,34 +149,25 @@ def _load_from_hub(source: Source) -> datasets.Dataset | datasets.IterableDatase
         offline = os.environ.get("HF_HUB_OFFLINE")
         state = f"HF_HUB_OFFLINE is {offline}, so only cached data sets are found" if offline else "check the network"
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{source.path}: the hub dataset did not load ({reason}); check name and split; {state}"
-        ) from None
+        wrong = f"the hub dataset did not load ({reason})"
+        raise UserError(f"{source.path}: {wrong}; check name and split; {state}") from None
 
 
 def _find_columns(source: Source, names: list[str], label: str) -> dict[str, str]:
     """Which column plays which part: ``{"text"|"messages"|"prompt"|"completion": column}``; options go first."""
-    given = {
-        "messages": source.messages_column,
-        "prompt": source.prompt_column,
-        "completion": source.completion_column,
-        "text": source.text_column,
-    }
+    given = {part: getattr(source, f"{part}_column") for part in ("messages", "prompt", "completion", "text")}
     chosen = {part: column for part, column in given.items() if column}
     if "prompt" in chosen or "completion" in chosen:
         chosen = {"prompt": "prompt", "completion": "completion"} | chosen
     if not chosen:
-        forms = [["messages"], ["conversations"], ["prompt", "completion"], ["text"]]
-        form = next((form for form in forms if set(form) <= set(names)), [])
-        chosen = {"messages" if name == "conversations" else name: name for name in form}
+        chosen = next((form for form in _FORMS if set(form.values()) <= set(names)), {})
+    has = f"it has {', '.join(names)}"
     if not chosen:
-        raise UserError(
-            f"{label}: no column messages, conversations, prompt and completion, or text; it has {', '.join(names)}; "
-            "name one with text_column or messages_column"
-        )
+        forms = "messages, conversations, prompt and completion, or text"
+        raise UserError(f"{label}: no column {forms}; {has}; name one with text_column or messages_column")
     for part, column in chosen.items():
         if column not in names:
-            raise UserError(f"{label}: no column {column!r} for the {part}; it has {', '.join(names)}")
+            raise UserError(f"{label}: no column {column!r} for the {part}; {has}")
     return chosen
 
 
@@ -197,26 +183,21 @@ def _document(row: Row, columns: dict[str, str], label: str) -> Document:
         return Document(messages=prompt + completion, context=len(prompt))
     for part, value in parts.items():
         if not isinstance(value, str | None):
-            name = type(value).__name__
-            raise UserError(
-                f"{label}: column {columns[part]!r} holds a {name}, not text; set messages_column for chats"
-            )
+            held = f"column {columns[part]!r} holds a {type(value).__name__}"
+            raise UserError(f"{label}: {held}, not text; set messages_column for chats")
     return Document(text=parts.get("text") or parts.get("completion") or "", prompt=parts.get("prompt"))
 
 
 def _messages(value: Any, label: str) -> list[dict[str, Any]]:
-    """Messages with ``role`` and ``content``, from those or from ``from`` and ``value``."""
-    if value is None:
-        return []
+    """Messages with ``role`` and ``content``, from those or from ShareGPT's ``from`` and ``value``."""
+    value = [] if value is None else value
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UserError(f"{label}: messages must be a list of {{role, content}}; a row holds {str(value)[:60]!r}")
-    # A copy: TRL's function changes the messages it is given.
-    messages = maybe_convert_to_chatml({"messages": [dict(message) for message in value]})["messages"]
+    messages = [{_KEYS.get(key, key): part for key, part in message.items()} for message in value]
     for message in messages:
-        if "role" not in message or "content" not in message:
-            raise UserError(
-                f"{label}: a message has {', '.join(message)}; it needs role and content (or from and value)"
-            )
+        if not {"role", "content"} <= message.keys():
+            has = f"a message has {', '.join(message)}"
+            raise UserError(f"{label}: {has}; it needs role and content (or from and value)")
         message["role"] = _ROLE_NAMES.get(message["role"], message["role"])
         message["content"] = message["content"] or ""
     return messages

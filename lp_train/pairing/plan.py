@@ -12,6 +12,10 @@ from lp_train.errors import UserError
 FORMS = 'a window such as "12:28" (end exclusive) or a list of pairs such as [[4, 5], [8, 9]]'
 
 
+class _Wrong(Exception):
+    """The rule that a plan breaks, and the remedy."""
+
+
 @dataclass(frozen=True)
 class PairPlan:
     """Pairs of consecutive decoder layers, in order, of a model with ``num_layers`` layers.
@@ -31,30 +35,27 @@ class PairPlan:
         """
         if isinstance(spec, PairPlan):
             spec = spec.pairs
-        pairs = _read_window(spec, num_layers) if isinstance(spec, str) else _read_pairs(spec)
-        plan = cls(tuple(sorted(pairs)), num_layers)
-        plan._validate(spec)
+        try:
+            pairs = _read_window(spec, num_layers) if isinstance(spec, str) else _read_pairs(spec)
+            plan = cls(tuple(sorted(pairs)), num_layers)
+            plan._validate()
+        except _Wrong as rule:
+            raise UserError(f"plan.pairs {spec!r}: {rule}") from None
         return plan
 
-    def _validate(self, spec: Any) -> None:
+    def _validate(self) -> None:
         if not self.pairs:
-            raise UserError(f"plan.pairs {spec!r}: no pair in it; give {FORMS}")
+            raise _Wrong(f"no pair in it; give {FORMS}")
         seen: set[int] = set()
         for first, second in self.pairs:
+            pair = f"pair {first}-{second}"
             if first < 0 or second >= self.num_layers:
-                raise UserError(
-                    f"plan.pairs {spec!r}: pair {first}-{second} is out of range; "
-                    f"the model has layers 0 to {self.num_layers - 1}"
-                )
+                raise _Wrong(f"{pair} is out of range; the model has layers 0 to {self.num_layers - 1}")
             if second != first + 1:
-                raise UserError(
-                    f"plan.pairs {spec!r}: pair {first}-{second} is not consecutive; "
-                    f"a pair is a layer and the next one, such as {first}-{first + 1}"
-                )
+                rule = f"a pair is a layer and the next one, such as {first}-{first + 1}"
+                raise _Wrong(f"{pair} is not consecutive; {rule}")
             if first in seen:
-                raise UserError(
-                    f"plan.pairs {spec!r}: layer {first} is in two pairs (overlap); give each layer one partner"
-                )
+                raise _Wrong(f"layer {first} is in two pairs (overlap); give each layer one partner")
             seen |= {first, second}
 
     @property
@@ -83,19 +84,16 @@ class PairPlan:
 
 
 def _read_window(spec: str, num_layers: int) -> list[tuple[int, int]]:
-    text = spec.strip()
-    if text.startswith("auto:"):
-        raise UserError(f"plan.pairs {spec!r}: this version does not choose pairs by itself; give {FORMS}")
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if spec.strip().startswith("auto:"):
+        raise _Wrong(f"this version does not choose pairs by itself; give {FORMS}")
+    match = re.fullmatch(r"(\d+):(\d+)", spec.strip())
     if match is None:
-        raise UserError(f"plan.pairs {spec!r}: not understood; give {FORMS}")
+        raise _Wrong(f"not understood; give {FORMS}")
     start, end = int(match[1]), int(match[2])
     nearest = [f"{start}:{e}" for e in (end - 1, end + 1) if start < e <= num_layers]
     if (end - start) % 2 and nearest:  # without one it is out of range or empty, which is told later
-        raise UserError(
-            f"plan.pairs {spec!r}: a window needs an even number of layers, this has {end - start}; "
-            f"use {' or '.join(nearest)}"
-        )
+        rule = f"a window needs an even number of layers, this has {end - start}"
+        raise _Wrong(f"{rule}; use {' or '.join(nearest)}")
     return [(i, i + 1) for i in range(start, end, 2)]
 
 
@@ -103,8 +101,8 @@ def _read_pairs(spec: Any) -> list[tuple[int, int]]:
     try:
         pairs = [tuple(pair) for pair in spec]
     except TypeError:
-        raise UserError(f"plan.pairs {spec!r}: not understood; give {FORMS}") from None
+        raise _Wrong(f"not understood; give {FORMS}") from None
     for pair in pairs:
         if len(pair) != 2 or not all(isinstance(i, int) and not isinstance(i, bool) for i in pair):
-            raise UserError(f"plan.pairs {spec!r}: {list(pair)} is not a pair of layer numbers; give {FORMS}")
+            raise _Wrong(f"{list(pair)} is not a pair of layer numbers; give {FORMS}")
     return pairs

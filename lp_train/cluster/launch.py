@@ -1,0 +1,56 @@
+"""The start and the end of a process: engine, threads, memory, and what libraries print."""
+
+from __future__ import annotations
+
+import ctypes.util
+import logging
+import os
+import warnings
+
+import torch
+import transformers
+from accelerate import PartialState
+
+from lp_train.errors import UserError
+
+
+def quieten_libraries() -> None:
+    """Hides what libraries say about themselves; what they say about the run stays."""
+    warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT, of a base that is no hub model
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def check_engine(state: PartialState) -> None:
+    """Refuses engines that this version does not train on, and processes that do not know of each other."""
+    expected, engine = int(os.environ.get("WORLD_SIZE", "1")), state.distributed_type.value
+    if expected != state.num_processes:
+        raise UserError(
+            f"WORLD_SIZE {expected}: this process sees a world of {state.num_processes}; on CPUs launch with "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        )
+    if engine not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise UserError(f"accelerate's engine {engine}: not supported; use one process, or --multi_gpu (DDP)")
+
+
+def use_all_cores(state: PartialState) -> None:
+    """``accelerate launch`` sets one thread per process unless told; alone on a CPU that leaves cores idle."""
+    launched, alone = "ACCELERATE_MIXED_PRECISION" in os.environ, state.num_processes == 1
+    if launched and alone and state.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def keep_freed_memory(state: PartialState) -> None:
+    """On a CPU with glibc a step would give the memory of its logits back and fetch it again, page by page: a quarter
+    of its time."""
+    libc = ctypes.util.find_library("c")
+    if state.device.type == "cpu" and libc and hasattr(loaded := ctypes.CDLL(libc), "mallopt"):
+        loaded.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most it takes
+        loaded.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def leave(state: PartialState) -> None:
+    """Ends all processes together: one that ends while its peers still talk to it aborts now and then."""
+    state.wait_for_everyone()
+    state.destroy_process_group()

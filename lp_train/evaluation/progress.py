@@ -1,0 +1,76 @@
+"""What a run measures on its way: the original and its untuned pairs, the model in training, the result."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lp_train.config import Config
+from lp_train.errors import UserError
+from lp_train.evaluation.bench import Bench
+from lp_train.evaluation.fidelity import Fidelity, as_it_is
+from lp_train.evaluation.report import recovery
+from lp_train.pairing import adapters_off, sequential
+
+if TYPE_CHECKING:
+    from lp_train.evaluation.tasks import Watch  # an extra, and slow to import
+
+
+@dataclass
+class Progress:
+    """``figures`` of ``sequential``, ``paired`` and in the end ``recovered``; ``answers`` to ``evaluate.prompt``;
+    ``tasks_at_start`` where ``watch`` measures tasks. All processes take part in every measurement."""
+
+    bench: Bench
+    tokenizer: PreTrainedTokenizerBase
+    watch: Watch | None
+    say: Callable[[str], None]
+    figures: dict[str, Fidelity] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
+    tasks_at_start: dict[str, dict[str, float]] | None = None
+    by_step: dict[int, Fidelity] = field(default_factory=dict)  # of the model in training
+
+    def before(self, model: nn.Module) -> None:
+        """The original, and what pairing costs."""
+        self.figures = self.bench.measure(model, {"paired": adapters_off})
+        original, paired = self.figures["sequential"], self.figures["paired"]
+        self.say(f"held-out nll: original {original.nll:.4f}, paired {paired.nll:.4f} (kl {paired.kl:.4f})")
+        untuned = {"sequential": sequential, "paired": adapters_off}
+        self.answers = self.bench.answers(model, self.tokenizer, untuned)
+        if self.watch:
+            start = self.tasks_at_start = self.watch(model, untuned)
+            for name, value in start["sequential"].items():
+                self.say(f"{name}: original {value:.4f}, paired {start['paired'][name]:.4f}")
+
+    def during(self, model: nn.Module, step: int, last: int) -> dict[str, float | None]:
+        """Figures, recovery and, every ``train.task_steps`` steps and at the last, tasks; for the log."""
+        now = self.by_step[step] = self.bench.measure(model, {"recovered": as_it_is})["recovered"]
+        won = recovery(self.figures["sequential"], self.figures["paired"], now)
+        found: dict[str, float | None] = {f"recovery_{name}": value for name, value in won.items()}
+        if self.watch and (step % self.bench.config.train["task_steps"] == 0 or step == last):
+            found |= self.watch(model, {"recovered": as_it_is})["recovered"]
+        return now.as_dict() | found
+
+    def after(self, model: nn.Module, step: int) -> None:
+        """The result, which is the model of ``step``."""
+        known = self.by_step.get(step)
+        self.figures["recovered"] = known or self.bench.measure(model, {"recovered": as_it_is})["recovered"]
+        self.answers |= self.bench.answers(model, self.tokenizer, {"recovered": as_it_is})
+
+
+def watched_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Watch | None:
+    """``evaluate.tasks`` as they are measured during training, if ``train.task_steps`` says so."""
+    if not config.train["task_steps"]:
+        return None
+    if importlib.util.find_spec("lm_eval") is None:
+        remedy = "run `pip install -e .[eval]`, or set it to null"
+        raise UserError(f"train.task_steps {config.train['task_steps']}: tasks need the package lm-eval; {remedy}")
+    from lp_train.evaluation.tasks import Watch
+
+    return Watch(config.evaluate, tokenizer, dtype)
