@@ -105,6 +105,13 @@ def test_a_short_last_accumulation_divides_by_its_own_tokens(make: Make) -> None
     assert int(cut.trained_tokens) == 2 * (labels != -100).sum()
 
 
+def test_every_batch_of_an_epoch_has_the_same_shape(make: Make) -> None:
+    trainer = make(rows=11, batch=(4, 2), max_steps=-1, num_train_epochs=1)
+    batches = list(trainer.get_train_dataloader())
+    assert [batch["input_ids"].shape for batch in batches] == [(4, LENGTH)] * 3
+    assert (batches[2]["labels"][3] == -100).all()
+
+
 def test_a_batch_without_any_trained_token_moves_nothing(make: Make) -> None:
     rows = packed_rows(3, 300).select([2, 2])
     trainer = make(rows=rows, batch=(1, 2), **EXACT)

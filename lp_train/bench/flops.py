@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,14 +16,17 @@ from lp_train.config import Config
 from lp_train.pairing import FAMILIES, PairPlan
 
 PEAK_FLOPS = {  # dense bf16 tensor-core FLOPs per second, from NVIDIA's data sheets; the first name that matches counts
+    "MIG": None,  # a part of a GPU
     "B200": 2.25e15,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
-    "RTX 4090": 165e12,
+    "RTX 4090$": 165e12,  # not the laptop's
 }
 
 
@@ -31,7 +35,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf"\b{known}(?!\w)", name)), None)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def step_flops(
     linear = [2.0 * (layer.matrices + layer.active) for layer in layers]
     student = _Student(c, plan, config, layers, scores)
     blocks = suffix_blocks(plan, config)
-    _, needs = blocks[-1]  # replay.run_suffix then starts from a copy of that input with a gradient
+    _, needs = blocks[0]  # replay.run_suffix then starts from a copy of that input with a gradient
     for block, checkpointed in blocks:
         needs = student.run(block, needs, checkpointed)
     passes = 2 + bool(config.loss.kd) if config.loss.kd or config.loss.ce else 0

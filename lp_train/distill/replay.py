@@ -74,7 +74,7 @@ def run_suffix(model: nn.Module, recording: Recording, block: RunBlock = run_blo
     """
     hidden, outputs = recording.hidden, {}
     decoder = decoder_of(model)
-    if torch.is_grad_enabled() and getattr(decoder.layers[-1], "gradient_checkpointing", False):
+    if torch.is_grad_enabled() and getattr(recording.blocks[0][-1][0], "gradient_checkpointing", False):
         hidden = hidden.detach().requires_grad_()  # reentrant checkpointing makes no gradient without one of its input
     for i, layers in enumerate(recording.blocks):
         hidden = block(hidden, layers)

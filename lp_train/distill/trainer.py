@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -25,6 +26,8 @@ from lp_train.distill.cuda_graph import GraphedLoss
 from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
 from lp_train.distill.replay import run_block, run_original, run_suffix
 from lp_train.errors import UserError
+
+Collate = Callable[[list[Any]], dict[str, Tensor]]
 
 
 class TrainingDiverged(UserError):
@@ -55,7 +58,7 @@ class PairedTrainer(SFTTrainer):
         loss: LossConfig,
         train_dataset: Dataset,
         eval_dataset: Dataset,
-        collate: Callable[[list[Any]], dict[str, Tensor]],
+        collate: Collate,
         tokenizer: PreTrainedTokenizerBase,
         measure: Callable[[], Mapping[str, float | None]],
         callbacks: list[TrainerCallback],
@@ -74,7 +77,7 @@ class PairedTrainer(SFTTrainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=collate,
+            data_collator=functools.partial(_whole_batch, collate, args.per_device_train_batch_size),
             processing_class=tokenizer,
             callbacks=[*callbacks, CheckpointEvery(checkpoint_every)],
         )
@@ -84,7 +87,7 @@ class PairedTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True  # our loss divides by the global number of trained tokens itself
         self.loss, self.measure = loss, measure
         self.tokens_per_step, self.flops, self.peak_flops = tokens_per_step, flops, peak_flops
-        self.block = compiled_block() if compile else run_block
+        self.compile, self.block = compile, compiled_block() if compile else run_block
         self._graphed = GraphedLoss(self._loss_sums, [p for p in model.parameters() if p.requires_grad])
         self._micro_batch = self._graphed if cuda_graph else self._loss_sums
         self.attn_implementation = attn_implementation
@@ -125,7 +128,8 @@ class PairedTrainer(SFTTrainer):
             return chosen if mask is None else chosen * mask[:, None]  # the two are alike where they are zero
 
         labels = labels if mask is None else labels.masked_fill(~mask, IGNORED)
-        total, kd, ce = head_loss(of_trained(hidden), of_trained(recording.final), labels, Head.of(model), loss)
+        states = (of_trained(hidden), of_trained(recording.final))
+        total, kd, ce = head_loss(*states, labels, Head.of(model), loss, compile=self.compile)
         error = total.new_zeros(())
         for pair, output in outputs.items():
             teacher = of_trained(recording.pair_outputs[pair])
@@ -237,6 +241,13 @@ class PairedTrainer(SFTTrainer):
         self.trained_tokens += totals["trained_tokens"]
         self._trained_then = totals["trained_tokens"]
         self.seconds += totals["seconds"]
+
+
+def _whole_batch(collate: Collate, size: int, rows: list[Any]) -> dict[str, Tensor]:
+    """A batch of ``size`` rows: the short last one of an epoch is filled up with a row of which nothing is trained, so
+    that a compiled step meets one shape."""
+    untrained = {name: [IGNORED] * len(v) if name.endswith("labels") else v for name, v in rows[0].items()}
+    return collate([*rows, *[untrained] * (size - len(rows))])
 
 
 def next_labels(labels: Tensor) -> Tensor:
