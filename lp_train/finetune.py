@@ -45,7 +45,7 @@ from lp_train.data import Data, RowCollator, build_data
 from lp_train.distill import fp8
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.callbacks import Console, MetricsFile
-from lp_train.distill.compiled import captures, compiles, training_attention
+from lp_train.distill.compiled import choose_engine
 from lp_train.distill.trainer import PairedTrainer, TrainingDiverged, peak_memory_gib
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError
@@ -267,10 +267,6 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     held_out: Callable[[], dict[str, float | None]],
 ) -> PairedTrainer:
-    text_config, device = model.config.get_text_config(), bench.state.device
-    compile = compiles(config.train["torch_compile"], device, text_config)
-    graph = captures(config.train["cuda_graph"], compile, device, args.gradient_checkpointing)
-    attention = training_attention(config.model.attn_implementation, text_config, bench.dtype, device, compile)
     document_lengths = bench.data.train.with_format("arrow")["seq_lengths"].combine_chunks()
     trainer = PairedTrainer(
         model=model,
@@ -283,12 +279,10 @@ def make_trainer(
         measure=held_out,
         callbacks=[MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
         tokens_per_step=config.train["global_batch_tokens"],
-        flops=step_flops(model.config, plan, config, document_lengths.flatten().to_numpy()).total,
+        flops=step_flops(model, config, document_lengths.flatten().to_numpy()).total,
         peak_flops=peak_flops(bench.state.device),
-        compile=compile,
-        attn_implementation=attention,
+        engine=choose_engine(config, model, bench.dtype, bench.state.device),
         checkpoint_every=config.train["gradient_checkpointing_every"],
-        cuda_graph=graph,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
-from lp_train.bench.shapes import LayerShape, adapted_projections, layer_shapes, suffix_blocks
+from lp_train.bench.shapes import LayerShape, checkpoint_every, layer_shapes, suffix_blocks
 from lp_train.config import Config
-from lp_train.pairing import FAMILIES, PairPlan
+from lp_train.pairing import FAMILIES, plan_of
 
 PEAK_FLOPS = {  # dense bf16 tensor-core FLOPs per second, from NVIDIA's data sheets; the first name that matches counts
     "MIG": None,  # a part of a GPU
@@ -63,30 +64,29 @@ class StepFlops:
         return (sum(dataclasses.astuple(self)) - self.head) * tokens + self.head * trained_tokens
 
 
-def step_flops(
-    model_config: PretrainedConfig, plan: PairPlan, config: Config, document_lengths: Sequence[int] | np.ndarray
-) -> StepFlops:
-    """The products that teacher, student and backward need; ``document_lengths``: in tokens, of the packed rows.
+def step_flops(model: nn.Module, config: Config, document_lengths: Sequence[int] | np.ndarray) -> StepFlops:
+    """The products that teacher, student and backward of a paired model with its adapters need; ``document_lengths``:
+    in tokens, of the packed rows.
 
     Backward products exist only where autograd makes them: nothing flows into the first pair's input, which is
     recorded without gradient. Counted are the products of eager layers; an attention kernel that computes scores again
-    or whole blocks of a mask does more, a compiled checkpoint less. Not looked at: ``rank_pattern``,
-    ``modules_to_save``, padding, DoRA's norm (once per forward).
+    or whole blocks of a mask does more, a compiled checkpoint less. Not looked at: ``modules_to_save``, padding,
+    DoRA's norm (once per forward).
     """
-    c, layers, first = model_config.get_text_config(), layer_shapes(model_config), plan.first_layer
+    c, layers, (plan, algebra) = model.config.get_text_config(), layer_shapes(model), plan_of(model)
     contexts = {window: mean_context(document_lengths, window) for window in {layer.window for layer in layers}}
     scores = [2.0 * layer.queries * contexts[layer.window] for layer in layers]
     linear = [2.0 * (layer.matrices + layer.active) for layer in layers]
-    student = _Student(c, plan, config, layers, scores)
-    blocks = suffix_blocks(plan, config)
+    student = _Student(c, layers, scores, algebra, trained=plan.layers if config.tune == "full" else ())
+    blocks = suffix_blocks(plan, checkpoint_every(config))
     _, needs = blocks[0]  # replay.run_suffix then starts from a copy of that input with a gradient
     for block, checkpointed in blocks:
         needs = student.run(block, needs, checkpointed)
     passes = 2 + bool(config.loss.kd) if config.loss.kd or config.loss.ce else 0
     return StepFlops(
-        prefix=sum(linear[:first]),
-        teacher=sum(linear[first:]),
-        student=sum(linear[first:]),
+        prefix=sum(linear[: plan.first_layer]),
+        teacher=sum(linear[plan.first_layer :]),
+        student=sum(linear[plan.first_layer :]),
         input_gradients=student.input_gradients,
         adapters=student.adapters,
         attention=2 * sum(scores) + student.attention,
@@ -103,19 +103,19 @@ def mean_context(document_lengths: Sequence[int] | np.ndarray, window: int | Non
 
 
 class _Student:
-    """Counts the student's products from block to block, and follows which values have a gradient.
-
-    Methods take whether their input has one, and return whether their output does. ``scores``: by layer, one product of
-    queries and keys.
-    """
+    """Counts the student's products from block to block. Methods take whether their input has a gradient, and return
+    whether their output does. ``scores``: by layer, one product of queries and keys."""
 
     def __init__(
-        self, c: PretrainedConfig, plan: PairPlan, config: Config, layers: list[LayerShape], scores: list[float]
+        self,
+        c: PretrainedConfig,
+        layers: list[LayerShape],
+        scores: list[float],
+        algebra: str,
+        trained: Sequence[int],
     ) -> None:
-        self.layers, self.scores = layers, scores
-        self.algebra, self.family = config.plan.algebra, FAMILIES[c.model_type]
-        self.adapted, self.rank = adapted_projections(c, plan, config), config.lora["r"]
-        self.trained = plan.layers if config.tune == "full" else ()
+        self.layers, self.scores, self.algebra, self.trained = layers, scores, algebra, trained
+        self.family = FAMILIES[c.model_type]
         self.dropout = self.family.mlp_dropout is not None and c.resid_pdrop > 0
         self.forward = self.input_gradients = self.adapters = self.attention = self.recomputed = 0.0
 
@@ -148,8 +148,7 @@ class _Student:
         return self._project(i, output, any([self._project(i, name, needs) for name in inputs]))
 
     def _project(self, i: int, name: str, needs: bool) -> bool:
-        a, b = self.layers[i].linears[name]
-        rank = self.rank if name in self.adapted.get(i, ()) else 0
+        a, b, rank = self.layers[i].linears[name]
         self.forward += 2.0 * rank * (a + b)
         self.adapters += 2.0 * rank * (2 * a + 3 * b + a * needs)  # forward; A's and B's own; to A's output; to x
         return self._product(2.0 * a * b, needs, i in self.trained) | (rank > 0)
@@ -162,7 +161,7 @@ class _Student:
 
     def _not_run_again(self, last: int) -> float:
         """PyTorch's checkpoint stops at the last value that the backward needs, often the input of the last product."""
-        name, (a, b) = list(self.layers[last].linears.items())[-1]
+        name, (a, b, rank) = list(self.layers[last].linears.items())[-1]
         if name != "mlp.down_proj" or self.family.after_mlp is not None or self.dropout:
             return 0.0  # experts' outputs are weighted, then normed or dropped: those need the whole block
-        return 2.0 * b * (self.rank if name in self.adapted.get(last, ()) else a)
+        return 2.0 * b * (rank or a)

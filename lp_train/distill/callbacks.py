@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-from lp_train.distill.replay import in_blocks
+from lp_train.bench.shapes import suffix_blocks
 from lp_train.pairing import plan_of
 from lp_train.pairing.families import decoder_of
 
@@ -57,13 +57,10 @@ class CheckpointEvery(TrainerCallback):
     ) -> None:
         if not args.gradient_checkpointing:
             return
-        layers, (plan, _) = decoder_of(model).layers, plan_of(model)
-        below, blocks = in_blocks(layers, plan)
-        for layer in below:
-            layer.gradient_checkpointing = False
-        for i, block in enumerate(blocks):
-            for layer in block:
-                layer.gradient_checkpointing = i % self.every == 0
+        blocks = suffix_blocks(plan_of(model)[0], self.every)
+        checkpointed = {i for block, on in blocks for i in block if on}
+        for i, layer in enumerate(decoder_of(model).layers):
+            layer.gradient_checkpointing = i in checkpointed
 
 
 class MetricsFile(TrainerCallback):

@@ -21,7 +21,7 @@ from trl.models.utils import _ForwardRedirection
 from lp_train.config import LossConfig
 from lp_train.data.rows import IGNORED
 from lp_train.distill.callbacks import CheckpointEvery
-from lp_train.distill.compiled import attention, compiled_block
+from lp_train.distill.compiled import Engine, attention, compiled_block
 from lp_train.distill.cuda_graph import GraphedLoss
 from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
 from lp_train.distill.replay import run_block, run_original, run_suffix
@@ -35,6 +35,7 @@ class TrainingDiverged(UserError):
 
 
 TOTALS = "totals.json"  # the last file of a checkpoint: what the Trainer's own state does not count
+NO_ENGINE = Engine()
 RISE = 3.0  # a loss this many times the one of the first log line will not come back
 
 
@@ -45,10 +46,9 @@ class PairedTrainer(SFTTrainer):
     whole global batch, divided by their number, so that the gradient does not depend on how the batch is cut into
     micro-batches and processes. ``measure()`` gives the held-out figures for each evaluation.
 
-    ``flops`` gives those of a number of tokens, of which a number is trained. ``compile`` compiles each block of
-    layers, ``cuda_graph`` runs a micro-batch as one graph; ``attn_implementation`` is Transformers' name of the
-    attention used in training, None for the model's own, which evaluations always use. With gradient checkpointing,
-    every ``checkpoint_every``-th block from the first pair on is checkpointed.
+    ``flops`` gives those of a number of tokens, of which a number is trained. ``engine`` is that of training;
+    evaluations use the model's own attention. With gradient checkpointing, every ``checkpoint_every``-th block from the
+    first pair on is checkpointed.
     """
 
     def __init__(
@@ -65,10 +65,8 @@ class PairedTrainer(SFTTrainer):
         tokens_per_step: int,
         flops: Callable[[float, float], float],
         peak_flops: float | None,
-        compile: bool = False,
-        attn_implementation: str | None = None,
+        engine: Engine = NO_ENGINE,
         checkpoint_every: int = 1,
-        cuda_graph: bool = False,
     ) -> None:
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
@@ -85,12 +83,11 @@ class PairedTrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtypes[name])
         self.model_accepts_loss_kwargs = True  # our loss divides by the global number of trained tokens itself
-        self.loss, self.measure = loss, measure
+        self.loss, self.measure, self.engine = loss, measure, engine
         self.tokens_per_step, self.flops, self.peak_flops = tokens_per_step, flops, peak_flops
-        self.compile, self.block = compile, compiled_block() if compile else run_block
-        self._graphed = GraphedLoss(self._loss_sums, [p for p in model.parameters() if p.requires_grad])
-        self._micro_batch = self._graphed if cuda_graph else self._loss_sums
-        self.attn_implementation = attn_implementation
+        self.block = compiled_block() if engine.compile_blocks else run_block
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._micro_batch = GraphedLoss(self._loss_sums, trained) if engine.cuda_graph else self._loss_sums
         self._own_attention = model.config.get_text_config()._attn_implementation
         self.trained_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self._pending: list[Tensor] = []  # [kd, ce, hidden] sums of the micro-batches since the last log line
@@ -129,7 +126,7 @@ class PairedTrainer(SFTTrainer):
 
         labels = labels if mask is None else labels.masked_fill(~mask, IGNORED)
         states = (of_trained(hidden), of_trained(recording.final))
-        total, kd, ce = head_loss(*states, labels, Head.of(model), loss, compile=self.compile)
+        total, kd, ce = head_loss(*states, labels, Head.of(model), loss, compile=self.engine.compile_loss)
         error = total.new_zeros(())
         for pair, output in outputs.items():
             teacher = of_trained(recording.pair_outputs[pair])
@@ -137,7 +134,7 @@ class PairedTrainer(SFTTrainer):
         return LossSums(total + loss.hidden * error, kd, ce, error)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with attention(self.model, self.attn_implementation):
+        with attention(self.model, self.engine.attention):
             return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
