@@ -53,15 +53,17 @@ def dry_run(config: Config, num_processes: int) -> None:
     split = split_of(config, num_processes)
     print(f"\n{config.name}: {config.model.name_or_path} ({model_config.model_type}), pairs by {config.plan.algebra}\n")
     print(f"{draw(plan)}\n\n{plan}\n")
-    print_costs(build_on_meta(model_config, plan, config, dtype), config, split[0])
+    model = build_on_meta(model_config, plan, config, dtype)
     tokenizer = _reachable_tokenizer(config.model if reached else SMALL_MODEL)
     data, substituted = (None, True) if tokenizer is None else read_rows(config, tokenizer)
-    print_batch(config, split, num_processes, count_steps(config, dtype, None if substituted else data))
+    steps = count_steps(config, dtype, None if substituted else data)
+    _table(figures(model, config) | batch_figures(config, split, num_processes, steps))
+    print(f"\nmemory per GPU (estimate), {config.model.quantization or str(dtype).removeprefix('torch.')}:")
+    engine = choose_engine(config, model, dtype, torch.device("cuda"), triton=True)
+    memory = memory_gib(model, config, engine, rows=split[0])
+    _table({name: f"{gib:8.2f} GiB" for name, gib in [*memory.items(), ("sum", sum(memory.values()))]})
     if data is not None and tokenizer is not None:
         print_rows(data, tokenizer)
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
 
 
 def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
@@ -92,43 +94,31 @@ def draw(plan: PairPlan) -> str:
     return "\n".join(row for row in rows if row)
 
 
-# --- the costs -------------------------------------------------------------------------------------------------------
-
-
-def print_costs(model: nn.Module, config: Config, rows: int) -> None:
-    """Parameters, FLOPs and memory of training a paired model with ``rows`` rows in one forward on a GPU."""
+def figures(model: nn.Module, config: Config) -> dict[str, str]:
+    """Sizes of a paired model with its adapters, and what a token costs."""
+    plan, _ = plan_of(model)
     trainable, everything = count_parameters(model)
     base = everything if config.tune == "full" else everything - trainable
     flops = step_flops(model, config, [config.train["max_length"]]).total(1, 1)
-    engine = choose_engine(config, model, model.dtype, torch.device("cuda"), triton=True)
-    memory = memory_gib(model, config, engine, rows)
-    plan, _ = plan_of(model)
-    _table(
-        {
-            "effective depth": f"{plan.effective_depth} of {plan.num_layers} layers",
-            "parameters": f"{base:,}",
-            "trainable": f"{trainable:,} ({trainable / base:.2%})",
-            "FLOPs per token": f"{flops / 1e9:,.2f} G (original, student, backward; whole-row documents)",
-        }
-    )
-    print(f"\nmemory per GPU (estimate), {config.model.quantization or str(model.dtype).removeprefix('torch.')}:")
-    _table({name: f"{gib:8.2f} GiB" for name, gib in memory.items()} | {"sum": f"{sum(memory.values()):8.2f} GiB"})
+    return {
+        "effective depth": f"{plan.effective_depth} of {plan.num_layers} layers",
+        "parameters": f"{base:,}",
+        "trainable": f"{trainable:,} ({trainable / base:.2%})",
+        "FLOPs per token": f"{flops / 1e9:,.2f} G (original, student, backward; whole-row documents)",
+    }
 
 
-def print_batch(config: Config, split: tuple[int, int], num_processes: int, steps: int | None) -> None:
+def batch_figures(config: Config, split: tuple[int, int], num_processes: int, steps: int | None) -> dict[str, str]:
     """The global batch and how often it comes; ``steps`` None: text that was not read decides."""
     (rows, accumulation), train = split, config.train
     tokens, length = train["global_batch_tokens"], train["max_length"]
     processes = f"{num_processes} process{'' if num_processes == 1 else 'es'}"
     unknown = f"{train.get('num_train_epochs', 0):g} epochs of text that was not read"
-    print()
-    _table(
-        {
-            "global batch": f"{rows} rows x {accumulation} accumulated x {processes} x {length} = {tokens:,} tokens",
-            "steps": unknown if steps is None else f"{steps:,}",
-            "tokens": "-" if steps is None else f"{steps * tokens:,}",
-        }
-    )
+    return {
+        "global batch": f"{rows} rows x {accumulation} accumulated x {processes} x {length} = {tokens:,} tokens",
+        "steps": f"{steps:,}" if steps else unknown,
+        "tokens": f"{steps * tokens:,}" if steps else "-",
+    }
 
 
 def count_steps(config: Config, dtype: torch.dtype, data: Data | None) -> int | None:
@@ -145,33 +135,26 @@ def _table(rows: dict[str, str]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-# --- the text --------------------------------------------------------------------------------------------------------
-
-
 def _reachable_tokenizer(model: ModelConfig) -> Tokenizer | None:
     try:
         return load_tokenizer(model)
     except UserError as error:
-        print(f"\nnote: {error}\nnote: without a tokenizer no rows are shown")
+        print(f"note: {error}\nnote: without a tokenizer no rows are shown\n")
         return None
 
 
 def read_rows(config: Config, tokenizer: Tokenizer) -> tuple[Data, bool]:
     """(data, whether it had to be replaced): a few rows, or all when the number of steps depends on them."""
-    length = config.train["max_length"]
-    wanted: dict[str, Any] = {
-        "max_length": length,
-        "train_tokens": 2 * ROWS * length if "max_steps" in config.train else None,
-        "eval_tokens": length,
-        "kd_on": config.loss.kd_on,
-        "seed": config.train["seed"],
-    }
+    length, few = config.train["max_length"], 2 * ROWS * config.train["max_length"]
+    wanted: dict[str, Any] = {"max_length": length, "eval_tokens": length, "kd_on": config.loss.kd_on}
+    wanted["seed"] = config.train["seed"]
     try:
-        return build_data(config.data, tokenizer, **wanted), False
+        tokens = few if "max_steps" in config.train else None
+        return build_data(config.data, tokenizer, train_tokens=tokens, **wanted), False
     except UserError as error:
-        print(f"\nnote: {error}\nnote: the rows below are of builtin:pydocs instead")
+        print(f"note: {error}\nnote: the rows below are of builtin:pydocs instead\n")
         data = dataclasses.replace(BUILTIN, truncate=config.data.truncate)
-        return build_data(data, tokenizer, **{**wanted, "train_tokens": 2 * ROWS * length}), True
+        return build_data(data, tokenizer, train_tokens=few, **wanted), True
 
 
 def print_rows(data: Data, tokenizer: Tokenizer) -> None:

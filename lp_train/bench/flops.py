@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from lp_train.bench.shapes import LayerShape, checkpoint_every, layer_shapes, suffix_blocks
 from lp_train.config import Config
@@ -41,23 +40,16 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one training step by part; all but ``head`` per token of a packed row, ``head`` per trained token.
+    """FLOPs of one training step by part, per token of a packed row; a multiply-add counts as two."""
 
-    A multiply-add counts as two. ``prefix`` (the layers below the first pair, once), ``teacher`` and ``student`` (the
-    others, forward): projections, MLP, router and chosen experts. ``input_gradients``: the student's backward through
-    them. ``adapters``: LoRA's A and B forward and backward; with ``tune: full`` the gradients of the paired layers'
-    matrices. ``attention``: the products with the scores, of all forwards and of the backward. ``recomputed``: what
-    gradient checkpointing runs again of all these. ``head``: teacher (with ``loss.kd``), student, and its gradient.
-    """
-
-    prefix: float
-    teacher: float
+    prefix: float  # the layers below the first pair, once: projections, MLP, router and chosen experts
+    teacher: float  # the other layers
     student: float
-    input_gradients: float
-    adapters: float
-    attention: float
-    recomputed: float
-    head: float
+    input_gradients: float  # the student's backward through those
+    adapters: float  # LoRA's A and B forward and backward; with `tune: full` gradients of the paired layers' matrices
+    attention: float  # the products with the scores, of all forwards and of the backward
+    recomputed: float  # what gradient checkpointing runs again of all these
+    head: float  # per trained token: teacher (with `loss.kd`), student, and its gradient
 
     def total(self, tokens: float, trained_tokens: float) -> float:
         """FLOPs of a step on rows of ``tokens`` tokens, ``trained_tokens`` of them with a loss."""
@@ -65,19 +57,17 @@ class StepFlops:
 
 
 def step_flops(model: nn.Module, config: Config, document_lengths: Sequence[int] | np.ndarray) -> StepFlops:
-    """The products that teacher, student and backward of a paired model with its adapters need; ``document_lengths``:
-    in tokens, of the packed rows.
+    """Of a paired model with its adapters, on packed rows of documents with these lengths in tokens.
 
-    Backward products exist only where autograd makes them: nothing flows into the first pair's input, which is
-    recorded without gradient. Counted are the products of eager layers; an attention kernel that computes scores again
-    or whole blocks of a mask does more, a compiled checkpoint less. Not looked at: ``modules_to_save``, padding,
-    DoRA's norm (once per forward).
+    Counted are the products that eager layers and autograd make; an attention kernel that computes scores again or
+    whole blocks of a mask does more, a compiled checkpoint less. Not looked at: ``modules_to_save``, padding, DoRA's
+    norm (once per forward).
     """
-    c, layers, (plan, algebra) = model.config.get_text_config(), layer_shapes(model), plan_of(model)
+    c, layers, (plan, _) = model.config.get_text_config(), layer_shapes(model), plan_of(model)
     contexts = {window: mean_context(document_lengths, window) for window in {layer.window for layer in layers}}
     scores = [2.0 * layer.queries * contexts[layer.window] for layer in layers]
     linear = [2.0 * (layer.matrices + layer.active) for layer in layers]
-    student = _Student(c, layers, scores, algebra, trained=plan.layers if config.tune == "full" else ())
+    student = _Student(model, layers, scores, config.tune)
     blocks = suffix_blocks(plan, checkpoint_every(config))
     _, needs = blocks[0]  # replay.run_suffix then starts from a copy of that input with a gradient
     for block, checkpointed in blocks:
@@ -106,16 +96,10 @@ class _Student:
     """Counts the student's products from block to block. Methods take whether their input has a gradient, and return
     whether their output does. ``scores``: by layer, one product of queries and keys."""
 
-    def __init__(
-        self,
-        c: PretrainedConfig,
-        layers: list[LayerShape],
-        scores: list[float],
-        algebra: str,
-        trained: Sequence[int],
-    ) -> None:
-        self.layers, self.scores, self.algebra, self.trained = layers, scores, algebra, trained
-        self.family = FAMILIES[c.model_type]
+    def __init__(self, model: nn.Module, layers: list[LayerShape], scores: list[float], tune: str) -> None:
+        (plan, self.algebra), c = plan_of(model), model.config.get_text_config()
+        self.layers, self.scores, self.family = layers, scores, FAMILIES[c.model_type]
+        self.trained = plan.layers if tune == "full" else ()
         self.dropout = self.family.mlp_dropout is not None and c.resid_pdrop > 0
         self.forward = self.input_gradients = self.adapters = self.attention = self.recomputed = 0.0
 

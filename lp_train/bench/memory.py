@@ -18,14 +18,12 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; a scale of 8 bits per 64 va
 
 
 def memory_gib(model: nn.Module, config: Config, engine: Engine, rows: int) -> dict[str, float]:
-    """Memory of one GPU by item, in GiB, under plain data parallelism (every GPU holds everything).
+    """Of a paired model with its adapters and ``rows`` rows in one forward: memory of one GPU by item, in GiB, under
+    plain data parallelism (every GPU holds everything).
 
-    ``model``: paired, with its adapters; ``rows``: rows of ``train.max_length`` tokens in one forward. The frozen base
-    is held once, for teacher and student. Trained weights, their gradients and AdamW's two states are float32.
-
-    Activations kept for the backward (:func:`activation_bytes`) are those of the layers from the first pair on; of a
-    checkpointed block (a pair is one) its input, and the values of the largest one at a time. To these come three
-    hidden states per token (the first pair's input, the last of teacher and student) and one gradient.
+    The frozen base is held once, for teacher and student. Activations are :func:`activation_bytes` of the layers from
+    the first pair on; of a checkpointed block its input, and the values of the largest one at a time. To these come
+    three hidden states per token (the first pair's input, the last of teacher and student) and one gradient.
     """
     c, size = model.config.get_text_config(), model.dtype.itemsize
     trained, everything = count_parameters(model)
@@ -35,14 +33,14 @@ def memory_gib(model: nn.Module, config: Config, engine: Engine, rows: int) -> d
         weights += sum(layer.matrices for layer in layer_shapes(model)) * (NF4_BYTES - size)
     items = {
         "frozen base weights": weights,
-        "FP8 copies of them": fp8_bytes(model) if config.train["fp8"] else 0.0,
+        **({"FP8 copies of them": fp8_bytes(model)} if config.train["fp8"] else {}),
         "trained weights, float32": 4.0 * trained,
         "gradients, float32": 4.0 * trained,
         "AdamW states, float32": 8.0 * trained,
         "activations": tokens * (_kept_per_token(model, config, engine, size) + 4.0 * c.hidden_size * size),
         "logits of a chunk": min(ROWS_PER_CHUNK, tokens) * c.vocab_size * logit_bytes(config, engine, size),
     }
-    return {name: value / GIB for name, value in items.items() if value or name != "FP8 copies of them"}
+    return {name: value / GIB for name, value in items.items()}
 
 
 def fp8_bytes(model: nn.Module) -> float:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from lp_train.bench.shapes import suffix_blocks
@@ -35,13 +35,10 @@ CONSOLE = {  # name in the log -> how it reads on the console
 class Console(ProgressCallback):
     """The Trainer's progress bar, with readable log lines."""
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         parts = [form.format(logs[name]) for name, form in CONSOLE.items() if logs.get(name) is not None]
-        parts += [
-            f"{name.partition('/')[2]} {value:.4f}" for name, value in logs.items() if name.startswith("eval_tasks/")
-        ]
+        tasks = {name.partition("/")[2]: value for name, value in logs.items() if name.startswith("eval_tasks/")}
+        parts += [f"{name} {value:.4f}" for name, value in tasks.items()]
         if state.is_world_process_zero and self.training_bar is not None and parts:
             self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
 
@@ -52,9 +49,7 @@ class CheckpointEvery(TrainerCallback):
     def __init__(self, every: int) -> None:
         self.every = every
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not args.gradient_checkpointing:
             return
         blocks = suffix_blocks(plan_of(model)[0], self.every)
@@ -69,14 +64,12 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
         control.should_log |= last
         control.should_evaluate |= last and args.eval_strategy != "no"
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

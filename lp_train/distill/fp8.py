@@ -36,8 +36,8 @@ def _product(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, weight_t: Tensor, scale_t: Tensor) -> Tensor:
-        ctx.save_for_backward(weight_t, scale_t)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, *by_columns: Tensor) -> Tensor:
+        ctx.save_for_backward(*by_columns)
         return _product(x, weight, scale)
 
     @staticmethod

@@ -117,17 +117,16 @@ def _loss_of_logits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From logits [N, V] before the soft cap: divergence and cross-entropy summed, and the gradient of their weighted
     sum with respect to the student's, in the logits' precision."""
-    logits = _capped(student, softcap)
+    logits, gradient = _capped(student, softcap), None
     kd = ce = torch.zeros((), device=student.device)
-    gradients = []
     if teacher is not None:
         per_token, of_kd = divergence(logits, _capped(teacher, softcap), loss.beta, loss.temperature)
-        kd = per_token.sum()
-        gradients.append(_scaled(of_kd, loss.kd))
+        kd, gradient = per_token.sum(), _scaled(of_kd, loss.kd)
     if loss.ce:
         ce, of_ce = _cross_entropy(logits, labels)
-        gradients.append(_scaled(of_ce, loss.ce))
-    gradient = gradients[0] if len(gradients) == 1 else gradients[0] + gradients[1]
+        of_ce = _scaled(of_ce, loss.ce)
+        gradient = of_ce if gradient is None else gradient + of_ce
+    assert gradient is not None
     if softcap is not None:
         gradient = gradient * (1 - (logits / softcap).square())
     return kd, ce, gradient.to(student.dtype)
@@ -140,16 +139,8 @@ def _compiled_loss_of_logits() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        head: Head,
-        loss: LossConfig,
-        rows: int,
-        compile: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
+        head, loss, rows, compile = options
         grad = torch.empty_like(student)
         kd_sum, ce_sum = student.new_zeros(2, dtype=torch.float32)
         of_logits = _compiled_loss_of_logits() if compile else _loss_of_logits
@@ -178,11 +169,9 @@ def head_loss(
     rows: int | None = None,
     compile: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted divergence plus cross-entropy, summed over N tokens.
-
-    student, teacher: hidden states [N, D] after the final norm; labels [N], the next token, or -100 where there is no
-    cross-entropy. Returns (total with gradient to ``student``, divergence, cross-entropy).
-    """
+    """Weighted divergence plus cross-entropy, summed over N tokens: (total with gradient to ``student``, divergence,
+    cross-entropy). student, teacher: hidden states [N, D] after the final norm; labels [N], the next token, or -100
+    where there is no cross-entropy; ``rows``: tokens whose logits exist at a time."""
     if len(student) == 0 or not (loss.kd or loss.ce):  # such a micro-batch still takes part in its peers' backward
         zero = 0.0 * student.sum().float()
         return zero, zero.detach(), zero.detach()

@@ -1,8 +1,6 @@
-"""Causal attention among the documents of packed rows, without a mask: a step has none to make, and computes nothing
-that a mask would throw away.
+"""Causal attention among the documents of packed rows without a mask, so that nothing is computed to be thrown away.
 
-On GPUs it is the flash kernel that comes with PyTorch; unlike Transformers' ``flash_attention_2`` it needs no further
-package. On CPUs it is one product per document.
+On GPUs by the flash kernel in PyTorch, with no further package as for ``flash_attention_2``; on CPUs by document.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,15 +29,12 @@ from lp_train.distill.replay import run_block, run_original, run_suffix
 from lp_train.errors import UserError
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
+TOTALS = "totals.json"  # the last file of a checkpoint: what the Trainer's own state does not count
+RISE = 3.0  # a loss this many times the one of the first log line will not come back
 
 
 class TrainingDiverged(UserError):
     """The loss is not finite, or far above where it started."""
-
-
-TOTALS = "totals.json"  # the last file of a checkpoint: what the Trainer's own state does not count
-NO_ENGINE = Engine()
-RISE = 3.0  # a loss this many times the one of the first log line will not come back
 
 
 class PairedTrainer(SFTTrainer):
@@ -44,11 +42,9 @@ class PairedTrainer(SFTTrainer):
 
     The loss is the weighted sum of divergence, cross-entropy and hidden-state error over the trained tokens of the
     whole global batch, divided by their number, so that the gradient does not depend on how the batch is cut into
-    micro-batches and processes. ``measure()`` gives the held-out figures for each evaluation.
-
-    ``flops`` gives those of a number of tokens, of which a number is trained. ``engine`` is that of training;
-    evaluations use the model's own attention. With gradient checkpointing, every ``checkpoint_every``-th block from the
-    first pair on is checkpointed.
+    micro-batches and processes. ``measure()`` gives the held-out figures for each evaluation, with the model's own
+    attention; ``flops`` those of a number of tokens, of which a number is trained. With gradient checkpointing, every
+    ``checkpoint_every``-th block from the first pair on is checkpointed.
     """
 
     def __init__(
@@ -65,11 +61,12 @@ class PairedTrainer(SFTTrainer):
         tokens_per_step: int,
         flops: Callable[[float, float], float],
         peak_flops: float | None,
-        engine: Engine = NO_ENGINE,
+        engine: Engine,
         checkpoint_every: int = 1,
     ) -> None:
         args.dataset_kwargs = {"skip_prepare_dataset": True}
-        dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        dtypes = [p.dtype for p in trained]
         super().__init__(
             model=model,
             args=args,
@@ -79,14 +76,12 @@ class PairedTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=[*callbacks, CheckpointEvery(checkpoint_every)],
         )
-        for name, parameter in model.named_parameters():  # TRL rounds the adapters of a 4-bit base to bf16
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtypes[name])
+        for parameter, dtype in zip(trained, dtypes, strict=True):  # TRL rounds the adapters of a 4-bit base to bf16
+            parameter.data = parameter.data.to(dtype)
         self.model_accepts_loss_kwargs = True  # our loss divides by the global number of trained tokens itself
         self.loss, self.measure, self.engine = loss, measure, engine
         self.tokens_per_step, self.flops, self.peak_flops = tokens_per_step, flops, peak_flops
         self.block = compiled_block() if engine.compile_blocks else run_block
-        trained = [p for p in model.parameters() if p.requires_grad]
         self._micro_batch = GraphedLoss(self._loss_sums, trained) if engine.cuda_graph else self._loss_sums
         self._own_attention = model.config.get_text_config()._attn_implementation
         self.trained_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
@@ -99,11 +94,7 @@ class PairedTrainer(SFTTrainer):
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """One micro-batch's share of the global loss, times the number of processes since gradients are averaged."""
         unwrapped = self.accelerator.unwrap_model(model)
@@ -162,34 +153,36 @@ class PairedTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss's parts, tokens/s, MFU, memory and time left to each log line of the training loop."""
         if "loss" in logs:
-            logs.update(self._parts(), **self._speed())
+            weights = {"kd": self.loss.kd, "ce": self.loss.ce, "hidden": self.loss.hidden}
+            parts = zip(weights, self._mean_parts().tolist(), strict=True)
+            logs.update({name: value for name, value in parts if weights[name]}, **self._speed())
+            self._pending.clear()
             self._stop_when_diverged(logs["loss"])
         super().log(logs, start_time)
 
-    def _parts(self) -> dict[str, float]:
-        kd, ce, hidden = self._mean_parts().tolist()
-        self._pending.clear()
-        parts = {"kd": (kd, self.loss.kd), "ce": (ce, self.loss.ce), "hidden": (hidden, self.loss.hidden)}
-        return {name: value for name, (value, weight) in parts.items() if weight}
+    def _mean_parts(self) -> Tensor:
+        """[kd, ce, hidden] per trained token, over the steps since the last log line and all processes."""
+        assert self._since is not None
+        steps = max(1, self.state.global_step - self._since[1])
+        return self.accelerator.reduce(torch.stack(self._pending).sum(0), "sum") / steps
 
     def _speed(self) -> dict[str, float]:
         assert self._since is not None
         (then, step_then), now, step = self._since, time.perf_counter(), self.state.global_step
-        self._since = (now, step)
-        self.seconds += now - then
-        seconds_per_step = (now - then) / max(1, step - step_then)
+        seconds, self._since = now - then, (now, step)
+        self.seconds += seconds
         tokens, trained = self.tokens_per_step * (step - step_then), int(self.trained_tokens) - self._trained_then
         self._trained_then += trained
         speed = {
-            "tokens_per_second": tokens / (now - then),
-            "trained_tokens_per_second": trained / (now - then),
+            "tokens_per_second": tokens / seconds,
+            "trained_tokens_per_second": trained / seconds,
             "trained_tokens": int(self.trained_tokens),
             "memory_gib": peak_memory_gib(),
-            "seconds_left": (self.state.max_steps - step) * seconds_per_step,
+            "seconds_left": (self.state.max_steps - step) * seconds / max(1, step - step_then),
         }
         if self.peak_flops:
             flops = self.flops(tokens, trained) / self.accelerator.num_processes
-            speed["mfu"] = flops / (now - then) / self.peak_flops
+            speed["mfu"] = flops / seconds / self.peak_flops
         return speed
 
     def _stop_when_diverged(self, loss: float) -> None:
@@ -202,12 +195,6 @@ class PairedTrainer(SFTTrainer):
             f"diverged; lower train.learning_rate (now {self.args.learning_rate:g}) or raise train.global_batch_tokens "
             f"or train.warmup_steps; {kept}"
         )
-
-    def _mean_parts(self) -> Tensor:
-        """[kd, ce, hidden] per trained token, over the steps since the last log line and all processes."""
-        assert self._since is not None
-        steps = max(1, self.state.global_step - self._since[1])
-        return self.accelerator.reduce(torch.stack(self._pending).sum(0), "sum") / steps
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -256,6 +243,4 @@ def peak_memory_gib() -> float:
     """Peak memory of this process in GiB: allocated on the GPU, or resident on the CPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
