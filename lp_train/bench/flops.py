@@ -97,10 +97,9 @@ class _Student:
     whether their output does. ``scores``: by layer, one product of queries and keys."""
 
     def __init__(self, model: nn.Module, layers: list[LayerShape], scores: list[float], tune: str) -> None:
-        (plan, self.algebra), c = plan_of(model), model.config.get_text_config()
-        self.layers, self.scores, self.family = layers, scores, FAMILIES[c.model_type]
+        plan, self.algebra = plan_of(model)
+        self.layers, self.scores, self.family = layers, scores, FAMILIES[model.config.model_type]
         self.trained = plan.layers if tune == "full" else ()
-        self.dropout = self.family.mlp_dropout is not None and c.resid_pdrop > 0
         self.forward = self.input_gradients = self.adapters = self.attention = self.recomputed = 0.0
 
     def run(self, block: tuple[int, ...], needs: bool, checkpointed: bool) -> bool:
@@ -146,6 +145,6 @@ class _Student:
     def _not_run_again(self, last: int) -> float:
         """PyTorch's checkpoint stops at the last value that the backward needs, often the input of the last product."""
         name, (a, b, rank) = list(self.layers[last].linears.items())[-1]
-        if name != "mlp.down_proj" or self.family.after_mlp is not None or self.dropout:
-            return 0.0  # experts' outputs are weighted, then normed or dropped: those need the whole block
+        if name != "mlp.down_proj" or self.family.after_mlp is not None:
+            return 0.0  # experts' outputs are weighted, or the output is normed: those need the whole block
         return 2.0 * b * (rank or a)

@@ -27,6 +27,7 @@ from lp_train.distill.cuda_graph import GraphedLoss
 from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
 from lp_train.distill.replay import run_block, run_original, run_suffix
 from lp_train.errors import UserError
+from lp_train.pairing.families import decoder_of
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
 TOTALS = "totals.json"  # the last file of a checkpoint: what the Trainer's own state does not count
@@ -65,6 +66,7 @@ class PairedTrainer(SFTTrainer):
         checkpoint_every: int = 1,
     ) -> None:
         args.dataset_kwargs = {"skip_prepare_dataset": True}
+        no_base_dropout(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         dtypes = [p.dtype for p in trained]
         super().__init__(
@@ -232,6 +234,15 @@ def _whole_batch(collate: Collate, size: int, rows: list[Any]) -> dict[str, Tens
     that a compiled step meets one shape."""
     untrained = {name: [IGNORED] * len(v) if name.endswith("labels") else v for name, v in rows[0].items()}
     return collate([*rows, *[untrained] * (size - len(rows))])
+
+
+def no_base_dropout(model: nn.Module) -> None:
+    """Switches the base's own dropout off, which would also reach the original; that of adapters stays."""
+    for name, module in decoder_of(model).named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        elif getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
 
 
 def next_labels(labels: Tensor) -> Tensor:
