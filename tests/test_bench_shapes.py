@@ -50,7 +50,7 @@ def test_layers_of_every_family(name: str, scope: str, configure: Configure) -> 
     assert [i for i, layer in enumerate(shapes) if any(linear.rank for linear in layer.linears.values())] == [*adapted]
     inner = {"gpt_oss": 2 * 48}.get(name, 48)  # two experts of it
     for shape in shapes:
-        assert (shape.queries, shape.keys, shape.heads) == (32, 16, 4)
+        assert (shape.queries, shape.keys, shape.norms) == (32, 16, sum(map(bool, case.arch.norms)))
         assert shape.inner == (2 * 16 if shape.active and "qwen3" in name else inner)
         assert list(shape.linears)[-1] == ("self_attn.o_proj" if shape.active else "mlp.down_proj")
 

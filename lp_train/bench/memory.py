@@ -58,27 +58,27 @@ def logit_bytes(config: Config, engine: Engine, size: int) -> float:
 
 
 def _kept_per_token(model: nn.Module, config: Config, engine: Engine, size: int) -> float:
-    layers, (plan, _), width = layer_shapes(model), plan_of(model), model.config.get_text_config().hidden_size
-    attention = engine.attention or model.config.get_text_config()._attn_implementation
-    length = config.train["max_length"] if attention == "eager" else 0
+    c, layers, (plan, _) = model.config.get_text_config(), layer_shapes(model), plan_of(model)
+    eager = (engine.attention or c._attn_implementation) == "eager"
+    scores = 8.0 * c.num_attention_heads * config.train["max_length"] if eager else 0.0
     full = plan.layers if config.tune == "full" else ()
     kept, largest = 0.0, 0.0
     for block, checkpointed in suffix_blocks(plan, checkpoint_every(config)):
-        values = sum(activation_bytes(layers[i], width, size, i in full, length) for i in block)
-        kept += width * size if checkpointed else values
+        values = sum(activation_bytes(layers[i], c.hidden_size, size, i in full) + scores for i in block)
+        kept += c.hidden_size * size if checkpointed else values
         largest = max(largest, values if checkpointed else 0.0)
     return kept + largest
 
 
-def activation_bytes(layer: LayerShape, width: int, size: int, trained: bool = False, eager_length: int = 0) -> float:
-    """Bytes that one layer keeps for its backward, per token, in values of ``size`` bytes.
+def activation_bytes(layer: LayerShape, width: int, size: int, trained: bool = False) -> float:
+    """Bytes that one layer keeps for its backward, per token, in values of ``size`` bytes; eager attention's scores not
+    counted, which take 8 bytes per head and position of the row.
 
     Frozen: 3 inner values of the MLP, 2 each of queries and keys (queries, output, keys, values), and the input of
     each norm in float32. With adapters, or ``trained`` itself, also the inputs of the projections: one inner value,
-    the attention's output, and five of the layer's width. ``eager_length``: row length with eager attention, whose
-    scores take 8 bytes per head and position.
+    the attention's output, and five of the layer's width.
     """
     values = 3 * layer.inner + 2 * (layer.queries + layer.keys)
     if trained or any(linear.rank for linear in layer.linears.values()):
         values += layer.inner + layer.queries + 5 * width
-    return values * size + layer.norms * width * 4.0 + 8.0 * layer.heads * eager_length
+    return values * size + layer.norms * width * 4.0

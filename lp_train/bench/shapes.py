@@ -14,7 +14,7 @@ from lp_train.adapters import attach
 from lp_train.config import Config
 from lp_train.errors import UserError
 from lp_train.models import attention_of
-from lp_train.pairing import FAMILIES, PairPlan, pair_layers
+from lp_train.pairing import PairPlan, pair_layers
 from lp_train.pairing.families import decoder_of
 
 
@@ -39,10 +39,6 @@ class Linear(NamedTuple):
     outputs: int
     rank: int
 
-    @property
-    def size(self) -> int:
-        return self.inputs * self.outputs
-
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -53,13 +49,12 @@ class LayerShape:
     linears: dict[str, Linear]
     active: int
     inner: int
-    heads: int
     norms: int
     window: int | None
 
     @property
     def matrices(self) -> int:
-        return sum(linear.size for linear in self.linears.values())
+        return sum(a * b for a, b, _ in self.linears.values())
 
     @property
     def queries(self) -> int:
@@ -79,19 +74,17 @@ def layer_shapes(model: nn.Module) -> list[LayerShape]:
 
 def _layer_shape(layer: nn.Module, c: Any, index: int) -> LayerShape:
     linears = _linears(layer, "self_attn", last="o_proj") | _linears(layer, "mlp", last="down_proj")
-    family = FAMILIES[c.model_type]
-    norms = [family.before_attention, family.after_attention, family.before_mlp, family.after_mlp]
+    norms = sum(name.endswith("layernorm") for name, _ in layer.named_children())
     kinds = getattr(c, "layer_types", None)
     window = None if kinds and kinds[index] != "sliding_attention" else getattr(c, "sliding_window", None)
     if down := linears.get("mlp.down_proj"):
         active, inner = 0, down.inputs
     else:
-        experts, chosen = layer.mlp.experts, c.num_experts_per_tok
-        matrices = [p.numel() // len(p) for p in experts.parameters() if p.ndim == 3]  # of one expert
+        matrices = [p[0].numel() for p in layer.mlp.experts.parameters() if p.ndim == 3]  # of one expert
         routers = [p.numel() for name, p in layer.mlp.named_parameters() if name.endswith(".weight")]
-        active = chosen * sum(matrices) + sum(routers)
-        inner = chosen * experts.down_proj[0].numel() // c.hidden_size
-    return LayerShape(linears, active, inner, c.num_attention_heads, sum(map(bool, norms)), window)
+        active = c.num_experts_per_tok * sum(matrices) + sum(routers)
+        inner = c.num_experts_per_tok * layer.mlp.experts.down_proj[0].numel() // c.hidden_size
+    return LayerShape(linears, active, inner, norms, window)
 
 
 def _linears(layer: nn.Module, block: str, last: str) -> dict[str, Linear]:
