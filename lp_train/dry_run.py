@@ -146,8 +146,8 @@ def _reachable_tokenizer(model: ModelConfig) -> Tokenizer | None:
 def read_rows(config: Config, tokenizer: Tokenizer) -> tuple[Data, bool]:
     """(data, whether it had to be replaced): a few rows, or all when the number of steps depends on them."""
     length, few = config.train["max_length"], 2 * ROWS * config.train["max_length"]
-    wanted: dict[str, Any] = {"max_length": length, "eval_tokens": length, "kd_on": config.loss.kd_on}
-    wanted["seed"] = config.train["seed"]
+    options = {"kd_on": config.loss.kd_on, "seed": config.train["seed"]}
+    wanted: dict[str, Any] = {"max_length": length, "eval_tokens": length, **options}
     try:
         tokens = few if "max_steps" in config.train else None
         return build_data(config.data, tokenizer, train_tokens=tokens, **wanted), False

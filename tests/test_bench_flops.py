@@ -30,6 +30,7 @@ __all__ = ["configure"]
 ROWS, LENGTH, TRAINED = 2, 16, 20
 TOKENS = ROWS * LENGTH
 PAIRS = "plan.pairs=[[1,2],[4,5]]"
+LAYOUTS = [name for name in CASES if not name.startswith(("mistral", "qwen2-", "qwen3-", "smollm3-", "qwen3_moe-"))]
 ANY_FAMILY = [
     ["lora.scope=suffix"],
     ["plan.algebra=par", "lora.target_modules='.*layers[.](1|4|5)[.].*'"],
@@ -123,7 +124,7 @@ def check_total(name: str, config: Config, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("options", ANY_FAMILY, ids=["suffix", "some-layers", "full-checkpointed"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", LAYOUTS)  # the others differ in windows only, which are not looked at here
 def test_a_step_of_every_family(
     name: str, options: list[str], configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
