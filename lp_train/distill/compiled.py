@@ -44,7 +44,7 @@ def choose_engine(
     if graph == "auto":
         graph = blocks and not config.train["gradient_checkpointing"]
     attention = None
-    if config.model.attn_implementation == "auto" and blocks == on_gpu:  # flex attention is slow uncompiled
+    if config.model.attn_implementation == "auto" and blocks == on_gpu:  # so they were tried
         packed = packed_attention.supports(model.config.get_text_config(), dtype, device)
         attention = packed_attention.NAME if packed else "flex_attention" if on_gpu else None
     return Engine(blocks, compile, graph and on_gpu, attention)
