@@ -78,11 +78,16 @@ def projections(model: nn.Module, layers: Iterable[int]) -> Iterator[str]:
 
     So is a mixture's dense MLP (``mlp_only_layers``): PEFT takes its names for those of the experts, in all layers.
     """
-    mixture = any(ROUTERS.search(name) for name, _ in decoder_of(model).named_modules())
+    mixture = is_mixture(model)
     for name, module in modules_of(model, layers):
         left_out = ROUTERS.search(name) or (mixture and ".mlp." in name)
         if isinstance(module, nn.Linear) and not left_out:
             yield name
+
+
+def is_mixture(model: nn.Module) -> bool:
+    """Whether some of its feed-forward blocks are mixtures of experts."""
+    return any(ROUTERS.search(name) for name, _ in decoder_of(model).named_modules())
 
 
 def modules_of(model: nn.Module, layers: Iterable[int]) -> Iterator[tuple[str, nn.Module]]:

@@ -9,26 +9,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lp_train.adapters import attach, count_parameters
+from lp_train.adapters import count_parameters
 from lp_train.bench.flops import step_flops
 from lp_train.bench.memory import memory_gib
-from lp_train.config import Config, DataConfig, ModelConfig, Source, batch_split
+from lp_train.bench.shapes import build_on_meta
+from lp_train.config import Config, DataConfig, ModelConfig, Source
 from lp_train.data import Data, build_data
 from lp_train.data.rows import IGNORED
-from lp_train.distill.losses import ROWS_PER_CHUNK
+from lp_train.distill.arguments import max_steps, split_of
+from lp_train.distill.compiled import choose_engine
 from lp_train.errors import UserError
-from lp_train.models import attention_of, load_model_config, load_tokenizer, resolve_dtype
-from lp_train.pairing import PairPlan, pair_layers
+from lp_train.models import load_model_config, load_tokenizer, resolve_dtype
+from lp_train.pairing import PairPlan, plan_of
 from lp_train.pairing.families import check_family
 
 SHAPES = Path(__file__).resolve().parent.parent / "configs" / "shapes"
@@ -50,26 +50,20 @@ def dry_run(config: Config, num_processes: int) -> None:
     model_config = model_config.get_text_config()
     check_family(model_config.model_type)
     plan = PairPlan.parse(config.plan.pairs, num_layers=model_config.num_hidden_layers)
-    train = config.train
-    split = batch_split(
-        train["global_batch_tokens"],
-        train["max_length"],
-        num_processes,
-        train.get("per_device_train_batch_size"),
-        train.get("gradient_accumulation_steps"),
-    )
+    split = split_of(config, num_processes)
     print(f"\n{config.name}: {config.model.name_or_path} ({model_config.model_type}), pairs by {config.plan.algebra}\n")
-    print(draw(plan))
-    print(f"\n{plan}\n")
-    print_costs(model_config, plan, config, split[0], dtype)
+    print(f"{draw(plan)}\n\n{plan}\n")
+    model = build_on_meta(model_config, plan, config, dtype)
     tokenizer = _reachable_tokenizer(config.model if reached else SMALL_MODEL)
     data, substituted = (None, True) if tokenizer is None else read_rows(config, tokenizer)
-    print_batch(config, split, num_processes, dtype, None if substituted else data)
+    steps = count_steps(config, dtype, None if substituted else data)
+    _table(figures(model, config) | batch_figures(config, split, num_processes, steps))
+    print(f"\nmemory per GPU (estimate), {config.model.quantization or str(dtype).removeprefix('torch.')}:")
+    engine = choose_engine(config, model, dtype, torch.device("cuda"), triton=True)
+    memory = memory_gib(model, config, engine, rows=split[0])
+    _table({name: f"{gib:8.2f} GiB" for name, gib in [*memory.items(), ("sum", sum(memory.values()))]})
     if data is not None and tokenizer is not None:
         print_rows(data, tokenizer)
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
 
 
 def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
@@ -86,20 +80,6 @@ def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
         return AutoConfig.from_pretrained(shape), False
 
 
-def build_on_meta(model_config: PretrainedConfig, plan: PairPlan, config: Config, dtype: torch.dtype) -> nn.Module:
-    """The paired model with what is trained in it, as shapes without memory."""
-    attention = attention_of(config.model, model_config)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation=attention)
-            return attach(pair_layers(model, plan, config.plan.algebra), plan, config)
-    except (ValueError, ImportError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"model.attn_implementation {attention!r}: not for this model ({reason}); use eager") from error
-
-
 def draw(plan: PairPlan) -> str:
     """The plan as layers from left to right, those of a pair one above the other."""
     partner = dict(plan.pairs)
@@ -114,56 +94,39 @@ def draw(plan: PairPlan) -> str:
     return "\n".join(row for row in rows if row)
 
 
-# --- the costs -------------------------------------------------------------------------------------------------------
-
-
-def print_costs(model_config: PretrainedConfig, plan: PairPlan, config: Config, rows: int, dtype: torch.dtype) -> None:
-    trainable, everything = count_parameters(build_on_meta(model_config, plan, config, dtype))
+def figures(model: nn.Module, config: Config) -> dict[str, str]:
+    """Sizes of a paired model with its adapters, and what a token costs."""
+    plan, _ = plan_of(model)
+    trainable, everything = count_parameters(model)
     base = everything if config.tune == "full" else everything - trainable
-    flops = step_flops(model_config, plan, config, [config.train["max_length"]]).total(1, 1)
-    memory = memory_gib(model_config, plan, config, rows, dtype, ROWS_PER_CHUNK)
-    _table(
-        {
-            "effective depth": f"{plan.effective_depth} of {plan.num_layers} layers",
-            "parameters": f"{base:,}",
-            "trainable": f"{trainable:,} ({trainable / base:.2%})",
-            "FLOPs per token": f"{flops / 1e9:,.2f} G (original, student, backward; whole-row documents)",
-        }
-    )
-    print(f"\nmemory per GPU (estimate), {config.model.quantization or str(dtype).removeprefix('torch.')}:")
-    _table({name: f"{gib:8.2f} GiB" for name, gib in memory.items()} | {"sum": f"{sum(memory.values()):8.2f} GiB"})
+    flops = step_flops(model, config, [config.train["max_length"]]).total(1, 1)
+    return {
+        "effective depth": f"{plan.effective_depth} of {plan.num_layers} layers",
+        "parameters": f"{base:,}",
+        "trainable": f"{trainable:,} ({trainable / base:.2%})",
+        "FLOPs per token": f"{flops / 1e9:,.2f} G (original, student, backward; whole-row documents)",
+    }
 
 
-def print_batch(
-    config: Config, split: tuple[int, int], num_processes: int, dtype: torch.dtype, data: Data | None
-) -> None:
-    (per_device, accumulation), train = split, config.train
+def batch_figures(config: Config, split: tuple[int, int], num_processes: int, steps: int | None) -> dict[str, str]:
+    """The global batch and how often it comes; ``steps`` None: text that was not read decides."""
+    (rows, accumulation), train = split, config.train
     tokens, length = train["global_batch_tokens"], train["max_length"]
-    steps = count_steps(config, dtype, data)
-    processes = "process" if num_processes == 1 else "processes"
-    print()
-    _table(
-        {
-            "global batch": f"{per_device} rows x {accumulation} accumulated x {num_processes} {processes} "
-            f"x {length} = {tokens:,} tokens",
-            "steps": f"{train['num_train_epochs']:g} epochs of text that was not read"
-            if steps is None
-            else f"{steps:,}",
-            "tokens": "-" if steps is None else f"{steps * tokens:,}",
-        }
-    )
+    processes = f"{num_processes} process{'' if num_processes == 1 else 'es'}"
+    unknown = f"{train.get('num_train_epochs', 0):g} epochs of text that was not read"
+    return {
+        "global batch": f"{rows} rows x {accumulation} accumulated x {processes} x {length} = {tokens:,} tokens",
+        "steps": f"{steps:,}" if steps else unknown,
+        "tokens": f"{steps * tokens:,}" if steps else "-",
+    }
 
 
 def count_steps(config: Config, dtype: torch.dtype, data: Data | None) -> int | None:
     """Optimizer steps of the run; None when they follow from text that could not be read."""
-    train = config.train
-    if "max_steps" in train:
-        slow = train.get("max_steps_float32") if dtype == torch.float32 else None
-        return slow or train["max_steps"]
-    if data is None:
-        return None
-    rows_per_step = train["global_batch_tokens"] // train["max_length"]
-    return math.ceil(train["num_train_epochs"] * math.ceil(len(data.train) / rows_per_step))
+    if (steps := max_steps(config, dtype)) or data is None:
+        return steps
+    rows_per_step = config.train["global_batch_tokens"] // config.train["max_length"]
+    return math.ceil(config.train["num_train_epochs"] * math.ceil(len(data.train) / rows_per_step))
 
 
 def _table(rows: dict[str, str]) -> None:
@@ -172,59 +135,46 @@ def _table(rows: dict[str, str]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-# --- the text --------------------------------------------------------------------------------------------------------
-
-
 def _reachable_tokenizer(model: ModelConfig) -> Tokenizer | None:
     try:
         return load_tokenizer(model)
     except UserError as error:
-        print(f"\nnote: {error}\nnote: without a tokenizer no rows are shown")
+        print(f"note: {error}\nnote: without a tokenizer no rows are shown\n")
         return None
 
 
 def read_rows(config: Config, tokenizer: Tokenizer) -> tuple[Data, bool]:
     """(data, whether it had to be replaced): a few rows, or all when the number of steps depends on them."""
-    length = config.train["max_length"]
-    wanted: dict[str, Any] = {
-        "max_length": length,
-        "train_tokens": 2 * ROWS * length if "max_steps" in config.train else None,
-        "eval_tokens": length,
-        "kd_on": config.loss.kd_on,
-        "seed": config.train["seed"],
-    }
+    length, few = config.train["max_length"], 2 * ROWS * config.train["max_length"]
+    options = {"kd_on": config.loss.kd_on, "seed": config.train["seed"]}
+    wanted: dict[str, Any] = {"max_length": length, "eval_tokens": length, **options}
     try:
-        return build_data(config.data, tokenizer, **wanted), False
+        tokens = few if "max_steps" in config.train else None
+        return build_data(config.data, tokenizer, train_tokens=tokens, **wanted), False
     except UserError as error:
-        print(f"\nnote: {error}\nnote: the rows below are of builtin:pydocs instead")
+        print(f"note: {error}\nnote: the rows below are of builtin:pydocs instead\n")
         data = dataclasses.replace(BUILTIN, truncate=config.data.truncate)
-        return build_data(data, tokenizer, **{**wanted, "train_tokens": 2 * ROWS * length}), True
+        return build_data(data, tokenizer, train_tokens=few, **wanted), True
 
 
 def print_rows(data: Data, tokenizer: Tokenizer) -> None:
-    colour = sys.stdout.isatty()
-    print(f"\ntraining rows, trained text {'in green' if colour else 'in [[ ]]'}:")
+    print("\ntraining rows, trained text in [[ ]]:")
     for number, row in enumerate(itertools.islice(data.train, ROWS), start=1):
         trained = sum(label != IGNORED for label in row["labels"])
         documents = f"{(n := len(row['seq_lengths']))} document{'s' if n > 1 else ''}"
         print(f"\n  row {number}: {len(row['input_ids'])} tokens, {trained} trained, {documents}")
-        print(f"  {mark(row, tokenizer, colour)}")
+        print(f"  {mark(row, tokenizer)}")
 
 
-def mark(row: dict[str, Any], tokenizer: Tokenizer, colour: bool = False) -> str:
-    """The row's text, cut to 400 characters, with its trained parts in ``[[ ]]`` or in green."""
-    opened, closed = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
+def mark(row: dict[str, Any], tokenizer: Tokenizer) -> str:
+    """The row's text, cut to 400 characters, with its trained parts in ``[[ ]]``."""
     shown, left = "", CHARACTERS
-    for trained, text in _spans(row, tokenizer):
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        text = str(tokenizer.decode([token for token, _ in group]))
         part = text[:left] + ("..." if len(text) > left else "")
-        shown += f"{opened}{part}{closed}" if trained else part
+        shown += f"[[{part}]]" if trained else part
         left -= len(text)
         if left <= 0:
             break
     return shown.replace("\n", "\\n")
-
-
-def _spans(row: dict[str, Any], tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
-    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != IGNORED):
-        yield trained, str(tokenizer.decode([token for token, _ in group]))

@@ -41,7 +41,7 @@ from lp_train.data import Data, RowCollator, build_data
 from lp_train.distill import fp8
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.callbacks import Console, MetricsFile
-from lp_train.distill.compiled import captures, compiles, training_attention
+from lp_train.distill.compiled import choose_engine
 from lp_train.distill.trainer import PairedTrainer, TrainingDiverged, peak_memory_gib
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError
@@ -134,7 +134,7 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     # what pairing costs, training, what came back
     progress = Progress(bench, tokenizer, watch, say)
     progress.before(model)
-    trainer = make_trainer(model, args, plan, bench, tokenizer)
+    trainer = make_trainer(model, args, bench, tokenizer)
     trainer.measure = lambda: progress.during(model, trainer.state.global_step, trainer.state.max_steps)
     if state.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -201,14 +201,9 @@ def build_model(config: Config, plan: PairPlan, device: torch.device) -> nn.Modu
     return model
 
 
-def make_trainer(
-    model: nn.Module, args: SFTConfig, plan: PairPlan, bench: Bench, tokenizer: PreTrainedTokenizerBase
-) -> PairedTrainer:
+def make_trainer(model: nn.Module, args: SFTConfig, bench: Bench, tokenizer: PreTrainedTokenizerBase) -> PairedTrainer:
     """TRL's trainer with this loss. Its ``measure``, called at each evaluation, is set by whoever has evaluations."""
-    config, text_config, device = bench.config, model.config.get_text_config(), bench.state.device
-    compile = compiles(config.train["torch_compile"], device, text_config)
-    graph = captures(config.train["cuda_graph"], compile, device, args.gradient_checkpointing)
-    attention = training_attention(config.model.attn_implementation, text_config, bench.dtype, device, compile)
+    config = bench.config
     document_lengths = bench.data.train.with_format("arrow")["seq_lengths"].combine_chunks()
     trainer = PairedTrainer(
         model=model,
@@ -221,12 +216,10 @@ def make_trainer(
         measure=dict,
         callbacks=[MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
         tokens_per_step=config.train["global_batch_tokens"],
-        flops=step_flops(model.config, plan, config, document_lengths.flatten().to_numpy()).total,
-        peak_flops=peak_flops(device),
-        compile=compile,
-        attn_implementation=attention,
+        flops=step_flops(model, config, document_lengths.flatten().to_numpy()).total,
+        peak_flops=peak_flops(bench.state.device),
+        engine=choose_engine(config, model, bench.dtype, bench.state.device),
         checkpoint_every=config.train["gradient_checkpointing_every"],
-        cuda_graph=graph,
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -249,7 +242,7 @@ def train_control(plan: PairPlan, args: SFTConfig, bench: Bench, tokenizer: PreT
     set_seed(args.seed)
     model = build_model(bench.config, plan, bench.state.device)
     with in_order(model):
-        make_trainer(model, args, plan, bench, tokenizer).train()
+        make_trainer(model, args, bench, tokenizer).train()
         return bench.measure(model, {"control": as_it_is})["control"]
 
 

@@ -1,6 +1,9 @@
 """Memory by rule, against what autograd saves."""
 
 import dataclasses
+import json
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -8,12 +11,16 @@ from bench_cases import SHAPES, Configure, configure
 from family_cases import CASES, COMMON
 from test_bench_shapes import PUBLISHED
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from lp_train.adapters import adapted_layers, attach
-from lp_train.bench.memory import activation_bytes, memory_gib
-from lp_train.bench.shapes import layer_shape, trainable_parameters
+from lp_train.adapters import attach
+from lp_train.bench.memory import activation_bytes, logit_bytes, memory_gib
+from lp_train.bench.shapes import build_on_meta, layer_shapes
 from lp_train.config import Config
+from lp_train.distill.compiled import Engine, choose_engine
+from lp_train.distill.losses import Head, head_loss
 from lp_train.distill.replay import run_original, run_suffix
 from lp_train.pairing import PairPlan, pair_layers
 
@@ -42,12 +49,11 @@ def test_activations_are_what_autograd_saves(name: str, scope: str, configure: C
     case, length = CASES[name], 256
     wide = {"hidden_size": 256, "intermediate_size": 704, "head_dim": 64, "sliding_window": 4 * length}
     hf_config = case.config(**{**COMMON, **case.options, **wide})
-    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=case.attention, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_config(hf_config, attn_implementation=case.attention, dtype=torch.bfloat16)
     config, plan = configure(f"lora.scope={scope}"), PairPlan.parse([[1, 2]], 6)
-    saved = saved_bytes(attach(pair_layers(model, plan), plan, config), length)
-    adapted = adapted_layers(plan, config)
-    eager = length if case.attention == "eager" else 0
-    by_rule = sum(activation_bytes(layer_shape(hf_config, i), 256, 2, i in adapted, eager) for i in range(1, 6))
+    model = attach(pair_layers(base, plan), plan, config)
+    saved, scores = saved_bytes(model, length), 8 * 4 * length if case.attention == "eager" else 0
+    by_rule = sum(activation_bytes(layer, 256, 2) + scores for layer in layer_shapes(model)[1:])
     assert by_rule * length == pytest.approx(saved, rel=0.12)
 
 
@@ -55,16 +61,70 @@ LLAMA = AutoConfig.from_pretrained(SHAPES / "Llama-3.2-1B.json")
 PLAN = PairPlan.parse([[0, 1], [3, 4]], 16)
 
 
-def memory(config: Config, rows: int = 8, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    return memory_gib(LLAMA, PLAN, config, rows, dtype, chunk=1024)
+def memory(
+    config: Config, rows: int = 8, dtype: torch.dtype = torch.bfloat16, shape: PretrainedConfig = LLAMA
+) -> dict[str, float]:
+    plan = dataclasses.replace(PLAN, num_layers=shape.num_hidden_layers)
+    model = build_on_meta(shape, plan, config, dtype)
+    return memory_gib(model, config, choose_engine(config, model, dtype, torch.device("cuda"), triton=True), rows)
 
 
 def test_memory_items(configure: Configure) -> None:
-    items, trained = memory(configure()), 4 * trainable_parameters(LLAMA, PLAN, configure())
+    items = memory(configure())
+    trained = 4 * 4 * (2 * 4096 + 2 * 2560 + 3 * 10240)  # float32 of rank 4 on q, o, k, v and the MLP of 4 layers
     assert items["frozen base weights"] == PUBLISHED["Llama-3.2-1B"] * 2 / 2**30
-    assert items["trained weights, float32"] == items["gradients, float32"] == trained / 2**30
-    assert items["AdamW states, float32"] == 2 * trained / 2**30
-    assert items["logits of a chunk"] == 28 * 1024 * 128256 / 2**30
+    assert items["trained weights, float32"] == items["gradients, float32"] == 4 * trained / 2**30
+    assert items["AdamW states, float32"] == 8 * trained / 2**30
+    assert items["logits of a chunk"] == 7 * 1024 * 128256 / 2**30
+
+
+@pytest.mark.parametrize(("name", "beta"), [("forward KL", 0.0), ("reverse KL", 1.0), ("JSD(0.5)", 0.5)])
+def test_logits_of_a_compiled_loss_are_those_measured(name: str, beta: float, configure: Configure) -> None:
+    found = json.loads((SHAPES.parents[1] / "recipes/benchmarks/results/loss_h200.json").read_text())
+    states = 2 * found["rows"] * found["width"] * 2 / 2**30  # the gradient in bf16, and that times the outer one
+    measured = found["losses"][name]["ours"]["extra_gib"] - states
+    assert memory(configure(f"loss.beta={beta}"))["logits of a chunk"] == pytest.approx(measured, rel=0.02)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that results of operations take at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self.alive:
+                self.alive[key] = tensor.untyped_storage().nbytes()
+                weakref.finalize(tensor.untyped_storage(), self.alive.pop, key, None)
+        self.most = max(self.most, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("loss", ["beta=0", "beta=0.5", "beta=1", "ce=1"])
+def test_logits_of_an_eager_loss_are_those_made(loss: str, dtype: torch.dtype, configure: Configure) -> None:
+    config, (rows, vocab) = configure(f"loss.{loss}"), (64, 4096)
+    head, student = Head(torch.randn(vocab, 8, dtype=dtype)), torch.randn(rows, 8, dtype=dtype, requires_grad=True)
+    with Peak() as peak:
+        head_loss(
+            student, torch.randn(rows, 8, dtype=dtype), torch.zeros(rows, dtype=torch.long), head, config.loss, rows
+        )
+    assert logit_bytes(config, Engine(), dtype.itemsize) == pytest.approx(peak.most / rows / vocab, rel=0.5)
+
+
+def test_scores_are_kept_where_the_attention_of_training_has_them(configure: Configure) -> None:
+    """auto is eager for Gemma 2 and gpt-oss, but in compiled training on a GPU flex attention."""
+    gemma = AutoConfig.from_pretrained(SHAPES / "gemma-2-2b.json")
+    activations = {
+        options: memory(configure(*options), shape=gemma)["activations"]
+        for options in ((), ("train.torch_compile=false",), ("model.attn_implementation=eager",))
+    }
+    auto, uncompiled, eager = activations.values()
+    assert auto < uncompiled == eager
 
 
 def test_memory_follows_the_switches(configure: Configure) -> None:

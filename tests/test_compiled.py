@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench_cases import Configure, configure
 from family_cases import CASES
 from test_replay import LENGTHS, gradients, inputs, paired
 from tiny_trainer import Make, adapter, assert_same_weights, logged, trainer_maker
@@ -16,8 +17,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lp_train.data import RowCollator
 from lp_train.distill import compiled, packed_attention, trainer
-from lp_train.distill.compiled import attention, compiled_block, compiles, training_attention
+from lp_train.distill.compiled import Engine, attention, choose_engine, compiled_block
 from lp_train.distill.replay import RunBlock, run_block, run_original, run_suffix
+
+__all__ = ["configure"]
 
 
 @pytest.fixture(autouse=True)
@@ -102,19 +105,35 @@ def test_kernels_of_inductor_agree_with_eager(name: str) -> None:
         torch.testing.assert_close(found[2][parameter], gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
 
 
-def test_auto_compiles_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(compiled, "has_triton", lambda: True)
-    llama, mixture = CASES["llama"].model().config, CASES["qwen3_moe"].model().config
-    assert [compiles("auto", device, llama) for device in (cpu, gpu)] == [False, True]
-    assert compiles(True, cpu, llama) and not compiles(False, gpu, llama)
-    assert not compiles("auto", gpu, mixture)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def test_a_gpu_without_triton_is_told_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+def engine(configure: Configure, name: str, device: torch.device, *overrides: str, **options: Any) -> Engine:
+    model = CASES[name].model()
+    model.config.head_dim = 64
+    dtype = options.pop("dtype", torch.bfloat16)
+    return choose_engine(configure(*overrides), model, dtype, device, **{"triton": True, **options})
+
+
+def test_auto_compiles_on_a_gpu_only(configure: Configure) -> None:
+    def parts(name: str, device: torch.device, *overrides: str) -> tuple[bool, bool, bool]:
+        found = engine(configure, name, device, *overrides)
+        return found.compile_blocks, found.compile_loss, found.cuda_graph
+
+    assert parts("llama", CPU) == (False, False, False)
+    assert parts("llama", GPU) == (True, True, True)
+    assert parts("qwen3_moe", GPU) == parts("gpt_oss", GPU) == (False, True, False)  # experts: another shape each step
+    assert parts("llama", CPU, "train.torch_compile=true") == (True, True, False)
+    assert parts("llama", GPU, "train.torch_compile=false") == (False, False, False)
+    assert parts("llama", GPU, "train.torch_compile=false", "train.cuda_graph=true") == (False, False, True)
+    assert parts("llama", GPU, "train.cuda_graph=false") == (True, True, False)
+    assert parts("llama", GPU, "train.gradient_checkpointing=true") == (True, True, False)
+
+
+def test_a_gpu_without_triton_is_told_what_it_costs(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "has_triton", lambda: False)
     with pytest.warns(UserWarning, match="Triton is missing.*set train.torch_compile false"):
-        assert not compiles("auto", torch.device("cuda"), CASES["llama"].model().config)
+        assert engine(configure, "llama", GPU, triton=None) == Engine()
 
 
 def test_attention_is_switched_and_comes_back(tiny_llama: LlamaForCausalLM) -> None:
@@ -138,14 +157,14 @@ def test_attention_is_switched_and_comes_back(tiny_llama: LlamaForCausalLM) -> N
         ("gpt_oss", torch.bfloat16, "flex_attention", None),  # sinks
     ],
 )
-def test_attention_of_training(name: str, dtype: torch.dtype, gpu: str, cpu: str | None) -> None:
-    config = CASES[name].model().config
-    config.head_dim = 64
-    for device, expected in ((torch.device("cuda"), gpu), (torch.device("cpu"), cpu)):
-        compile = device.type == "cuda"
-        assert training_attention("auto", config, dtype, device, compile) == expected
-        assert training_attention("auto", config, dtype, device, not compile) is None
-        assert training_attention("sdpa", config, dtype, device, compile) is None
+def test_attention_of_training(name: str, dtype: torch.dtype, gpu: str, cpu: str | None, configure: Configure) -> None:
+    def attention(device: torch.device, *overrides: str) -> str | None:
+        return engine(configure, name, device, *overrides, dtype=dtype).attention
+
+    for device, expected, compile in ((GPU, gpu, "true"), (CPU, cpu, "false")):
+        assert attention(device, f"train.torch_compile={compile}") == expected
+        assert attention(device, f"train.torch_compile={'false' if device is GPU else 'true'}") is None
+        assert attention(device, f"train.torch_compile={compile}", "model.attn_implementation=sdpa") is None
 
 
 def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

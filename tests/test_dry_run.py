@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from lp_train import dry_run as module
+from lp_train.bench.shapes import build_on_meta
 from lp_train.config import Config, load_config
-from lp_train.dry_run import build_on_meta, count_steps, draw, dry_run, mark, read_model_config
+from lp_train.dry_run import count_steps, draw, dry_run, mark, read_model_config
 from lp_train.errors import UserError
 from lp_train.pairing import PairPlan
 
@@ -69,6 +70,14 @@ def test_the_figures(run: Config, capsys: pytest.CaptureFixture) -> None:
     assert "4,227,072 (0.34%)" in out  # 6 layers x 16 x (2 x 4096 + 2 x 2560 + 3 x 10240)
     assert re.search(r"8 rows x 1 accumulated x 1 process x 128 = 1,024 tokens\n  steps +10\n  tokens +10,240", out)
     assert "4 rows x 1 accumulated x 2 processes x 128" in printed(run, capsys, 2)
+
+
+def test_copies_of_weights_in_fp8_are_counted(run: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = printed(load_config(tmp_path / "run.yaml", ["train.fp8=true", "model.dtype=bfloat16"]), capsys)
+    copies = re.search(r"FP8 copies of them +([0-9.]+) GiB", out)
+    assert copies is not None and "FP8" not in printed(run, capsys)
+    frozen = 16 * 2048 * (2 * 2048 + 2 * 512 + 3 * 8192)  # of 16 layers: q and o, k and v, the MLP
+    assert float(copies[1]) == pytest.approx(2 * frozen / 2**30, rel=0.01)
 
 
 def test_the_users_own_text_is_shown(run: Config, capsys: pytest.CaptureFixture) -> None:
@@ -133,11 +142,10 @@ def test_steps_of_epochs_follow_from_the_text(run: Config, tmp_path: Path, capsy
     assert int(steps[1]) > 2
 
 
-@pytest.mark.parametrize(("colour", "expected"), [(False, "a [[b c]]"), (True, "a \033[32mb c\033[0m")])
-def test_trained_text_is_marked(tiny_tokenizer: PreTrainedTokenizerFast, colour: bool, expected: str) -> None:
+def test_trained_text_is_marked(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     untrained, trained = tiny_tokenizer("a ")["input_ids"], tiny_tokenizer("b c")["input_ids"]
     row = {"input_ids": untrained + trained, "labels": [-100] * len(untrained) + trained}
-    assert mark(row, tiny_tokenizer, colour) == expected
+    assert mark(row, tiny_tokenizer) == "a [[b c]]"
 
 
 def test_long_rows_are_cut(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -3,8 +3,12 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 from lp_train.distill.fp8 import Fp8Linear, convert_linears, quantise
+from lp_train.distill.replay import run_original
+from lp_train.errors import UserError
+from lp_train.pairing import pair_layers
 
 
 def scaled_mm_by_formula(
@@ -40,6 +44,22 @@ def test_only_frozen_layers_of_sixteens_are_converted(layer: nn.Sequential) -> N
     convert_linears([layer])
     assert [type(module) is Fp8Linear for module in layer] == [True, False, False, False]
     assert set(layer.state_dict()) == names  # the copies are not saved
+
+
+def test_a_model_without_any_is_told(layer: nn.Sequential) -> None:
+    with pytest.raises(UserError, match="train.fp8 true: the model has no frozen bf16 projections"):
+        convert_linears([layer.float()])
+
+
+def test_the_original_is_exact_in_eval_mode_and_rounded_in_training(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm_by_formula)
+    model, batch = pair_layers(tiny_llama.bfloat16().requires_grad_(False), "2:6"), {"input_ids": torch.arange(9)[None]}
+    original = run_original(model, batch).final
+    convert_linears(model.model.layers)
+    assert torch.equal(run_original(model.eval(), batch).final, original)
+    assert 0 < relative(run_original(model.train(), batch).final, original) < 0.2
 
 
 def test_output_and_input_gradient_are_close_and_evaluation_is_bitwise(layer: nn.Sequential) -> None:

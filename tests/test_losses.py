@@ -15,6 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from lp_train.config import LossConfig
+from lp_train.distill import losses
 from lp_train.distill.losses import IGNORED, Head, divergence, head_loss, hidden_loss
 
 WIDTH, VOCAB = 16, 61
@@ -90,7 +91,7 @@ def reference_loss(student: Tensor, teacher: Tensor, labels: Tensor, of: Head, l
 )
 def test_divergence_equals_its_formula(beta: float, temperature: float, scale: float, seed: int) -> None:
     student, teacher = (normal(5, 23, seed=seed + i, scale=scale) for i in range(2))
-    found = divergence(student, teacher, beta, temperature)
+    found, _ = divergence(student, teacher, beta, temperature)
     expected = reference_divergence(student.double(), teacher.double(), beta, temperature)
     assert found.shape == (5,)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-6)
@@ -99,21 +100,21 @@ def test_divergence_equals_its_formula(beta: float, temperature: float, scale: f
 def test_forward_and_reverse_are_told_apart() -> None:
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]])  # 1/2, 1/2 and 3/4, 1/4
     forward, reverse = 0.75 * math.log(1.5) + 0.25 * math.log(0.5), 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
-    assert divergence(student, teacher, 0.0).item() == pytest.approx(forward, rel=1e-5)
-    assert divergence(student, teacher, 1.0).item() == pytest.approx(reverse, rel=1e-5)
+    assert divergence(student, teacher, 0.0)[0].item() == pytest.approx(forward, rel=1e-5)
+    assert divergence(student, teacher, 1.0)[0].item() == pytest.approx(reverse, rel=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_divergence_of_equal_logits_is_zero(beta: float) -> None:
     logits = normal(4, 50, seed=0, scale=10)
-    assert divergence(logits, logits.clone(), beta).abs().max() < 1e-6
+    assert divergence(logits, logits.clone(), beta)[0].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_beta_and_temperature_mean_what_they_do_in_trl(beta: float, temperature: float) -> None:
     (student, teacher, labels), of = states(12), head(bias=True)
-    mine = divergence(of.logits(student), of.logits(teacher), beta, temperature)
+    mine, _ = divergence(of.logits(student), of.logits(teacher), beta, temperature)
     chunked, _ = ChunkedDivergenceFunction.apply(
         student, of.weight, of.bias, teacher, of.weight, of.bias, beta, temperature
     )
@@ -222,6 +223,27 @@ def test_the_chunk_size_does_not_change_the_loss() -> None:
         total, *_ = head_loss(student, teacher, labels, of, loss, rows)
         torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
         assert_close(torch.autograd.grad(total, student)[0], whole_grad, 1e-6)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_compiled_loss_sees_chunks_of_one_size_and_is_the_same(
+    compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def compiled(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        sizes.append(len(logits))
+        return losses._loss_of_logits(logits, *args)
+
+    monkeypatch.setattr(losses, "_compiled_loss_of_logits", lambda: compiled)
+    (student, teacher, labels), of, loss = states(37), head(bias=True), LossConfig(ce=0.5)
+    plain, *_ = head_loss(student, teacher, labels, of, loss, 16)
+    (plain_grad,) = torch.autograd.grad(plain, student)
+    assert sizes == []
+    found, *_ = head_loss(student, teacher, labels, of, loss, 16, compile)
+    torch.testing.assert_close(found, plain, rtol=1e-6, atol=0)
+    assert_close(torch.autograd.grad(found, student)[0], plain_grad, 1e-6)
+    assert sizes == ([16] * 3 if compile else [])
 
 
 def test_the_head_never_gets_a_gradient(tiny_llama: LlamaForCausalLM) -> None:

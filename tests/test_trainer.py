@@ -105,6 +105,13 @@ def test_a_short_last_accumulation_divides_by_its_own_tokens(make: Make) -> None
     assert int(cut.trained_tokens) == 2 * (labels != -100).sum()
 
 
+def test_every_batch_of_an_epoch_has_the_same_shape(make: Make) -> None:
+    trainer = make(rows=11, batch=(4, 2), max_steps=-1, num_train_epochs=1)
+    batches = list(trainer.get_train_dataloader())
+    assert [batch["input_ids"].shape for batch in batches] == [(4, LENGTH)] * 3
+    assert (batches[2]["labels"][3] == -100).all()
+
+
 def test_a_batch_without_any_trained_token_moves_nothing(make: Make) -> None:
     rows = packed_rows(3, 300).select([2, 2])
     trainer = make(rows=rows, batch=(1, 2), **EXACT)
@@ -116,6 +123,15 @@ def test_gradient_checkpointing_changes_no_step(make: Make) -> None:
     plain = step_taken(make(name="plain", **EXACT))
     again = step_taken(make(name="checkpointed", **{**EXACT, "gradient_checkpointing": True}))
     assert_same_weights(again, plain, 0)
+
+
+def test_dropout_of_the_base_is_off_as_it_would_blur_the_original(make: Make, tiny_llama: LlamaForCausalLM) -> None:
+    plain = make(name="plain", max_steps=2)
+    plain.train()
+    tiny_llama.config.attention_dropout = 0.5
+    with_dropout = make(name="dropout", max_steps=2)
+    with_dropout.train()
+    assert logged(with_dropout) == logged(plain)
 
 
 # --- the parts of the loss

@@ -15,6 +15,7 @@ from trl import SFTConfig
 from lp_train.config import LossConfig
 from lp_train.data import RowCollator
 from lp_train.distill.callbacks import MetricsFile
+from lp_train.distill.compiled import Engine
 from lp_train.distill.trainer import PairedTrainer
 from lp_train.pairing import pair_layers
 
@@ -105,9 +106,8 @@ def trainer_maker(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokeni
             tokens_per_step=batch[0] * batch[1] * LENGTH,
             flops=lambda tokens, trained: 1e3 * tokens + 500 * trained,
             peak_flops=1e6,
-            compile=compile,
+            engine=Engine(compile_blocks=compile, cuda_graph=cuda_graph),
             checkpoint_every=checkpoint_every,
-            cuda_graph=cuda_graph,
         )
 
     return build

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
+from torch import nn
 
-from lp_train.bench.shapes import LayerShape, adapted_projections, layer_shapes, suffix_blocks
+from lp_train.bench.shapes import LayerShape, checkpoint_every, layer_shapes, suffix_blocks
 from lp_train.config import Config
-from lp_train.pairing import FAMILIES, PairPlan
+from lp_train.pairing import FAMILIES, plan_of
 
 PEAK_FLOPS = {  # dense bf16 tensor-core FLOPs per second, from NVIDIA's data sheets; the first name that matches counts
+    "MIG": None,  # a part of a GPU
     "B200": 2.25e15,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
-    "RTX 4090": 165e12,
+    "RTX 4090$": 165e12,  # not the laptop's
 }
 
 
@@ -31,58 +35,48 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf"\b{known}(?!\w)", name)), None)
 
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one training step by part; all but ``head`` per token of a packed row, ``head`` per trained token.
+    """FLOPs of one training step by part, per token of a packed row; a multiply-add counts as two."""
 
-    A multiply-add counts as two. ``prefix`` (the layers below the first pair, once), ``teacher`` and ``student`` (the
-    others, forward): projections, MLP, router and chosen experts. ``input_gradients``: the student's backward through
-    them. ``adapters``: LoRA's A and B forward and backward; with ``tune: full`` the gradients of the paired layers'
-    matrices. ``attention``: the products with the scores, of all forwards and of the backward. ``recomputed``: what
-    gradient checkpointing runs again of all these. ``head``: teacher (with ``loss.kd``), student, and its gradient.
-    """
-
-    prefix: float
-    teacher: float
+    prefix: float  # the layers below the first pair, once: projections, MLP, router and chosen experts
+    teacher: float  # the other layers
     student: float
-    input_gradients: float
-    adapters: float
-    attention: float
-    recomputed: float
-    head: float
+    input_gradients: float  # the student's backward through those
+    adapters: float  # LoRA's A and B forward and backward; with `tune: full` gradients of the paired layers' matrices
+    attention: float  # the products with the scores, of all forwards and of the backward
+    recomputed: float  # what gradient checkpointing runs again of all these
+    head: float  # per trained token: teacher (with `loss.kd`), student, and its gradient
 
     def total(self, tokens: float, trained_tokens: float) -> float:
         """FLOPs of a step on rows of ``tokens`` tokens, ``trained_tokens`` of them with a loss."""
         return (sum(dataclasses.astuple(self)) - self.head) * tokens + self.head * trained_tokens
 
 
-def step_flops(
-    model_config: PretrainedConfig, plan: PairPlan, config: Config, document_lengths: Sequence[int] | np.ndarray
-) -> StepFlops:
-    """The products that teacher, student and backward need; ``document_lengths``: in tokens, of the packed rows.
+def step_flops(model: nn.Module, config: Config, document_lengths: Sequence[int] | np.ndarray) -> StepFlops:
+    """Of a paired model with its adapters, on packed rows of documents with these lengths in tokens.
 
-    Backward products exist only where autograd makes them: nothing flows into the first pair's input, which is
-    recorded without gradient. Counted are the products of eager layers; an attention kernel that computes scores again
-    or whole blocks of a mask does more, a compiled checkpoint less. Not looked at: ``rank_pattern``,
-    ``modules_to_save``, padding, DoRA's norm (once per forward).
+    Counted are the products that eager layers and autograd make; an attention kernel that computes scores again or
+    whole blocks of a mask does more, a compiled checkpoint less. Not looked at: ``modules_to_save``, padding, DoRA's
+    norm (once per forward).
     """
-    c, layers, first = model_config.get_text_config(), layer_shapes(model_config), plan.first_layer
+    c, layers, (plan, _) = model.config.get_text_config(), layer_shapes(model), plan_of(model)
     contexts = {window: mean_context(document_lengths, window) for window in {layer.window for layer in layers}}
     scores = [2.0 * layer.queries * contexts[layer.window] for layer in layers]
     linear = [2.0 * (layer.matrices + layer.active) for layer in layers]
-    student = _Student(c, plan, config, layers, scores)
-    blocks = suffix_blocks(plan, config)
-    _, needs = blocks[-1]  # replay.run_suffix then starts from a copy of that input with a gradient
+    student = _Student(model, layers, scores, config.tune)
+    blocks = suffix_blocks(plan, checkpoint_every(config))
+    _, needs = blocks[0]  # replay.run_suffix then starts from a copy of that input with a gradient
     for block, checkpointed in blocks:
         needs = student.run(block, needs, checkpointed)
     passes = 2 + bool(config.loss.kd) if config.loss.kd or config.loss.ce else 0
     return StepFlops(
-        prefix=sum(linear[:first]),
-        teacher=sum(linear[first:]),
-        student=sum(linear[first:]),
+        prefix=sum(linear[: plan.first_layer]),
+        teacher=sum(linear[plan.first_layer :]),
+        student=sum(linear[plan.first_layer :]),
         input_gradients=student.input_gradients,
         adapters=student.adapters,
         attention=2 * sum(scores) + student.attention,
@@ -99,20 +93,13 @@ def mean_context(document_lengths: Sequence[int] | np.ndarray, window: int | Non
 
 
 class _Student:
-    """Counts the student's products from block to block, and follows which values have a gradient.
+    """Counts the student's products from block to block. Methods take whether their input has a gradient, and return
+    whether their output does. ``scores``: by layer, one product of queries and keys."""
 
-    Methods take whether their input has one, and return whether their output does. ``scores``: by layer, one product of
-    queries and keys.
-    """
-
-    def __init__(
-        self, c: PretrainedConfig, plan: PairPlan, config: Config, layers: list[LayerShape], scores: list[float]
-    ) -> None:
-        self.layers, self.scores = layers, scores
-        self.algebra, self.family = config.plan.algebra, FAMILIES[c.model_type]
-        self.adapted, self.rank = adapted_projections(c, plan, config), config.lora["r"]
-        self.trained = plan.layers if config.tune == "full" else ()
-        self.dropout = self.family.mlp_dropout is not None and c.resid_pdrop > 0
+    def __init__(self, model: nn.Module, layers: list[LayerShape], scores: list[float], tune: str) -> None:
+        plan, self.algebra = plan_of(model)
+        self.layers, self.scores, self.family = layers, scores, FAMILIES[model.config.model_type]
+        self.trained = plan.layers if tune == "full" else ()
         self.forward = self.input_gradients = self.adapters = self.attention = self.recomputed = 0.0
 
     def run(self, block: tuple[int, ...], needs: bool, checkpointed: bool) -> bool:
@@ -144,8 +131,7 @@ class _Student:
         return self._project(i, output, any([self._project(i, name, needs) for name in inputs]))
 
     def _project(self, i: int, name: str, needs: bool) -> bool:
-        a, b = self.layers[i].linears[name]
-        rank = self.rank if name in self.adapted.get(i, ()) else 0
+        a, b, rank = self.layers[i].linears[name]
         self.forward += 2.0 * rank * (a + b)
         self.adapters += 2.0 * rank * (2 * a + 3 * b + a * needs)  # forward; A's and B's own; to A's output; to x
         return self._product(2.0 * a * b, needs, i in self.trained) | (rank > 0)
@@ -158,7 +144,7 @@ class _Student:
 
     def _not_run_again(self, last: int) -> float:
         """PyTorch's checkpoint stops at the last value that the backward needs, often the input of the last product."""
-        name, (a, b) = list(self.layers[last].linears.items())[-1]
-        if name != "mlp.down_proj" or self.family.after_mlp is not None or self.dropout:
-            return 0.0  # experts' outputs are weighted, then normed or dropped: those need the whole block
-        return 2.0 * b * (self.rank if name in self.adapted.get(last, ()) else a)
+        name, (a, b, rank) = list(self.layers[last].linears.items())[-1]
+        if name != "mlp.down_proj" or self.family.after_mlp is not None:
+            return 0.0  # experts' outputs are weighted, or the output is normed: those need the whole block
+        return 2.0 * b * (rank or a)

@@ -12,6 +12,20 @@ from lp_train.config import Config, batch_split
 from lp_train.errors import UserError
 from lp_train.trainer_options import OUR_TRAIN_DEFAULTS
 
+OURS = {"torch_compile", "max_steps_float32", *OUR_TRAIN_DEFAULTS.keys() - SFTConfig.__dataclass_fields__.keys()}
+
+
+def split_of(config: Config, num_processes: int) -> tuple[int, int]:
+    """(rows per device and forward, accumulation steps). Raises UserError where the global batch does not divide."""
+    given = (config.train.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    return batch_split(config.train["global_batch_tokens"], config.train["max_length"], num_processes, *given)
+
+
+def max_steps(config: Config, dtype: torch.dtype) -> int | None:
+    """Optimizer steps of a run in this dtype; None when epochs are given."""
+    steps = config.train.get("max_steps")
+    return config.train.get("max_steps_float32", steps) if steps and dtype == torch.float32 else steps
+
 
 def training_arguments(
     config: Config, folder: Path, state: PartialState, dtype: torch.dtype, report_to: str
@@ -21,20 +35,10 @@ def training_arguments(
     Raises:
         UserError: the global batch does not divide, or the trainer refuses a value.
     """
-    options = dict(config.train)
-    tokens, length = options.pop("global_batch_tokens"), options["max_length"]
-    for name in ("torch_compile", *(name for name in OUR_TRAIN_DEFAULTS if name not in SFTConfig.__dataclass_fields__)):
-        options.pop(name, None)  # ours
-    slow_steps = options.pop("max_steps_float32", None)
-    if slow_steps and "max_steps" in options and dtype == torch.float32:
-        options["max_steps"] = slow_steps
-    per_device, accumulation = batch_split(
-        tokens,
-        length,
-        state.num_processes,
-        options.pop("per_device_train_batch_size", None),
-        options.pop("gradient_accumulation_steps", None),
-    )
+    options = {name: value for name, value in config.train.items() if name not in OURS}
+    if steps := max_steps(config, dtype):
+        options["max_steps"] = steps
+    per_device, accumulation = split_of(config, state.num_processes)
     options.update(
         output_dir=str(folder),
         per_device_train_batch_size=per_device,

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-from lp_train.distill.replay import in_blocks
+from lp_train.bench.shapes import suffix_blocks
 from lp_train.pairing import plan_of
 from lp_train.pairing.families import decoder_of
 
@@ -35,13 +35,10 @@ CONSOLE = {  # name in the log -> how it reads on the console
 class Console(ProgressCallback):
     """The Trainer's progress bar, with readable log lines."""
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         parts = [form.format(logs[name]) for name, form in CONSOLE.items() if logs.get(name) is not None]
-        parts += [
-            f"{name.partition('/')[2]} {value:.4f}" for name, value in logs.items() if name.startswith("eval_tasks/")
-        ]
+        tasks = {name.partition("/")[2]: value for name, value in logs.items() if name.startswith("eval_tasks/")}
+        parts += [f"{name} {value:.4f}" for name, value in tasks.items()]
         if state.is_world_process_zero and self.training_bar is not None and parts:
             self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
 
@@ -52,18 +49,13 @@ class CheckpointEvery(TrainerCallback):
     def __init__(self, every: int) -> None:
         self.every = every
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not args.gradient_checkpointing:
             return
-        layers, (plan, _) = decoder_of(model).layers, plan_of(model)
-        below, blocks = in_blocks(layers, plan)
-        for layer in below:
-            layer.gradient_checkpointing = False
-        for i, block in enumerate(blocks):
-            for layer in block:
-                layer.gradient_checkpointing = i % self.every == 0
+        blocks = suffix_blocks(plan_of(model)[0], self.every)
+        checkpointed = {i for block, on in blocks for i in block if on}
+        for i, layer in enumerate(decoder_of(model).layers):
+            layer.gradient_checkpointing = i in checkpointed
 
 
 class MetricsFile(TrainerCallback):
@@ -72,14 +64,12 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         last = state.global_step >= state.max_steps
         control.should_log |= last
         control.should_evaluate |= last and args.eval_strategy != "no"
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")

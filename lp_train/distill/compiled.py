@@ -5,49 +5,59 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils._triton import has_triton
-from transformers import PretrainedConfig
 
+from lp_train.adapters import is_mixture
+from lp_train.config import Config
 from lp_train.distill import packed_attention
 from lp_train.distill.replay import RunBlock, run_block
 
 GRAPHS = 64  # of run_block: two modes, with and without gradient, times the kinds of layers; PyTorch gives up after 8
 
 
-def compiles(setting: bool | Literal["auto"], device: torch.device, model_config: PretrainedConfig) -> bool:
-    """Whether ``train.torch_compile`` means to compile on this device: auto does on a GPU, but no mixture of experts,
-    whose shapes are others in every step."""
-    mixture = any(getattr(model_config, name, None) for name in ("num_experts", "num_local_experts"))
-    if setting != "auto" or device.type != "cuda" or mixture:
-        return setting is True
-    if not has_triton():
+@dataclass(frozen=True)
+class Engine:
+    """How a training step runs. ``cuda_graph``: a micro-batch is one graph. ``attention``: Transformers' name of the
+    one used in training, None for the model's own."""
+
+    compile_blocks: bool = False
+    compile_loss: bool = False
+    cuda_graph: bool = False
+    attention: str | None = None
+
+
+def choose_engine(
+    config: Config, model: nn.Module, dtype: torch.dtype, device: torch.device, triton: bool | None = None
+) -> Engine:
+    """What ``train.torch_compile``, ``train.cuda_graph`` and ``model.attn_implementation`` mean on this device.
+
+    auto compiles on a GPU, but no blocks with a mixture of experts, whose shapes are others in every step. Compiled
+    training without checkpointing runs as CUDA graphs. ``triton``: whether the compiler is there; None looks.
+    """
+    setting, graph, on_gpu = config.train["torch_compile"], config.train["cuda_graph"], device.type == "cuda"
+    compile = on_gpu and (_has_triton() if triton is None else triton) if setting == "auto" else setting
+    blocks = compile and not (setting == "auto" and is_mixture(model))
+    if graph == "auto":
+        graph = blocks and not config.train["gradient_checkpointing"]
+    attention = None
+    if config.model.attn_implementation == "auto" and blocks == on_gpu:  # so they were tried
+        packed = packed_attention.supports(model.config.get_text_config(), dtype, device)
+        attention = packed_attention.NAME if packed else "flex_attention" if on_gpu else None
+    return Engine(blocks, compile, graph and on_gpu, attention)
+
+
+def _has_triton() -> bool:
+    if not (found := has_triton()):
         warnings.warn(
             "Triton is missing, so nothing is compiled and training runs at about half of its speed; "
             "`pip install triton`, or set train.torch_compile false",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return has_triton()
-
-
-def captures(setting: bool | Literal["auto"], compile: bool, device: torch.device, checkpointing: bool) -> bool:
-    """Whether ``train.cuda_graph`` means to capture micro-batches on this device."""
-    return device.type == "cuda" and (compile and not checkpointing if setting == "auto" else setting)
-
-
-def training_attention(
-    setting: str, model_config: PretrainedConfig, dtype: torch.dtype, device: torch.device, compile: bool
-) -> str | None:
-    """The attention of training for ``model.attn_implementation``: with auto, one that skips what documents do not
-    share, compiled on a GPU and eager on a CPU; None for the model's own."""
-    if setting != "auto" or compile != (device.type == "cuda"):
-        return None
-    if packed_attention.supports(model_config, dtype, device):
-        return packed_attention.NAME
-    return "flex_attention" if device.type == "cuda" else None
+    return found
 
 
 def compiled_block(backend: str = "inductor") -> RunBlock:

@@ -31,8 +31,8 @@ class Captured:
 class GraphedLoss:
     """``loss`` with the gradients of ``parameters``, captured once for each size of batch and replayed from then on.
 
-    ``loss`` must not wait for the GPU. With ``trained_mask`` [N] among its inputs, only those of ``trained`` count.
-    Each result belongs to one backward pass, which has to come before the next call.
+    ``loss`` must not wait for the GPU; of ``trained`` it counts those in ``trained_mask`` [N]. Each result belongs to
+    one backward pass, which has to come before the next call.
     """
 
     def __init__(self, loss: Callable[[Inputs], LossSums], parameters: Sequence[nn.Parameter]) -> None:
@@ -91,16 +91,12 @@ def fill(inputs: Inputs) -> Inputs:
     up to a power of two, with documents of no token: few sizes, and a graph for each."""
     trained, starts = inputs["trained"], inputs["cu_seq_lens"]
     missing = -len(trained) % ROWS_PER_CHUNK
-    mask = torch.ones(len(trained) + missing, dtype=torch.bool, device=trained.device)
-    mask[len(trained) :] = False
-    documents = 1 << (len(starts) - 1).bit_length()
-    no_token = starts.new_full((documents - len(starts),), inputs["input_ids"].numel())
-    filled = {
+    no_documents = (1 << (len(starts) - 1).bit_length()) - len(starts)
+    return inputs | {
         "trained": F.pad(trained, (0, missing)),
-        "trained_mask": mask,
-        "cu_seq_lens": torch.cat([starts, no_token]),
+        "trained_mask": F.pad(torch.ones_like(trained, dtype=torch.bool), (0, missing)),
+        "cu_seq_lens": F.pad(starts, (0, no_documents), value=inputs["input_ids"].numel()),
     }
-    return {**inputs, **filled}
 
 
 class _Replay(torch.autograd.Function):

@@ -65,25 +65,14 @@ class LossSums(NamedTuple):
     hidden: Tensor
 
 
-# --- divergences and their gradients ---------------------------------------------------------------------------------
-
-
-def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Tensor:
-    """Generalised Jensen-Shannon divergence per token, from logits [N, V]; returns [N] in nats.
+def divergence(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Generalised Jensen-Shannon divergence per token [N] in nats, from logits [N, V], and its gradient with respect
+    to the student's.
 
     beta 0 is the forward KL(teacher || student), 1 the reverse KL(student || teacher); between them
     beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student, TRL's convention
     (GKD, arXiv 2306.13649, eq. 1). As there, it is not multiplied by temperature squared.
-    """
-    return divergence_and_gradient(student, teacher, beta, temperature)[0]
-
-
-def divergence_and_gradient(
-    student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """:func:`divergence` [N] and its gradient with respect to the student's logits [N, V].
-
-    With q = softmax(student / T), p = softmax(teacher / T) and m as above, the gradient times T is
+    With q = softmax(student / T) and p = softmax(teacher / T) the gradient times T is
 
         beta 0:   q - p
         else:     (1 - beta) q (log(q / m) - KL(q || m)),   where m = p and the factor is 1 for beta 1
@@ -113,7 +102,7 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x * factor
 
 
-def cross_entropy_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over the rows whose label is not -100, and its gradient with respect to the logits [N, V]."""
     kept = labels != IGNORED
     index = labels.clamp(min=0)[:, None]
@@ -123,46 +112,43 @@ def cross_entropy_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, 
     return -(log_q.gather(1, index)[:, 0] * kept).sum(), gradient
 
 
-# --- the head --------------------------------------------------------------------------------------------------------
-
-
 def _loss_of_logits(
     student: Tensor, teacher: Tensor | None, labels: Tensor, loss: LossConfig, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From logits [N, V] before the soft cap: divergence and cross-entropy summed, and the gradient of their weighted
     sum with respect to the student's, in the logits' precision."""
-    logits = _capped(student, softcap)
+    logits, gradient = _capped(student, softcap), None
     kd = ce = torch.zeros((), device=student.device)
-    gradients = []
     if teacher is not None:
-        per_token, of_kd = divergence_and_gradient(logits, _capped(teacher, softcap), loss.beta, loss.temperature)
-        kd = per_token.sum()
-        gradients.append(_scaled(of_kd, loss.kd))
+        per_token, of_kd = divergence(logits, _capped(teacher, softcap), loss.beta, loss.temperature)
+        kd, gradient = per_token.sum(), _scaled(of_kd, loss.kd)
     if loss.ce:
-        ce, of_ce = cross_entropy_and_gradient(logits, labels)
-        gradients.append(_scaled(of_ce, loss.ce))
-    gradient = gradients[0] if len(gradients) == 1 else gradients[0] + gradients[1]
+        ce, of_ce = _cross_entropy(logits, labels)
+        of_ce = _scaled(of_ce, loss.ce)
+        gradient = of_ce if gradient is None else gradient + of_ce
+    assert gradient is not None
     if softcap is not None:
         gradient = gradient * (1 - (logits / softcap).square())
     return kd, ce, gradient.to(student.dtype)
 
 
+@functools.cache
+def _compiled_loss_of_logits() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_loss_of_logits, dynamic=False)
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, head: Head, loss: LossConfig, rows: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, ...]:
+        head, loss, rows, compile = options
         grad = torch.empty_like(student)
         kd_sum, ce_sum = student.new_zeros(2, dtype=torch.float32)
-        of_logits = _compiled_loss_of_logits() if student.is_cuda else _loss_of_logits
-        for start in range(0, len(student), rows):
-            part = slice(start, start + rows)
-            ours, theirs, wanted = student[part], teacher[part], labels[part]
-            if student.is_cuda:
-                ours, theirs, wanted = _filled(ours, rows), _filled(theirs, rows), _filled(wanted, rows, IGNORED)
+        of_logits = _compiled_loss_of_logits() if compile else _loss_of_logits
+        chunks = zip(*(x.split(rows) for x in (student, teacher, labels, grad)), strict=True)
+        for ours, theirs, wanted, grad_chunk in chunks:
             target = head.project(theirs) if loss.kd else None
             kd, ce, grad_logits = of_logits(head.project(ours), target, wanted, loss, head.softcap)
-            grad[part] = (grad_logits @ head.weight)[: len(grad[part])]
+            grad_chunk.copy_(grad_logits @ head.weight)
             kd_sum, ce_sum = kd_sum + kd, ce_sum + ce
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(kd_sum, ce_sum)
@@ -171,32 +157,29 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_total, None, None, None, None, None
-
-
-def _filled(chunk: Tensor, rows: int, value: int = 0) -> Tensor:
-    """The last chunk of a batch, filled up to the size of the others: one shape for the compiler."""
-    missing = rows - len(chunk)
-    return F.pad(chunk, (0, 0) * (chunk.ndim - 1) + (0, missing), value=value) if missing else chunk
-
-
-@functools.cache
-def _compiled_loss_of_logits() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(_loss_of_logits, dynamic=False)
+        return grad * grad_total, *[None] * 6
 
 
 def head_loss(
-    student: Tensor, teacher: Tensor, labels: Tensor, head: Head, loss: LossConfig, rows: int | None = None
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    head: Head,
+    loss: LossConfig,
+    rows: int | None = None,
+    compile: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted divergence plus cross-entropy, summed over N tokens.
-
-    student, teacher: hidden states [N, D] after the final norm; labels [N], the next token, or -100 where there is no
-    cross-entropy. Returns (total with gradient to ``student``, divergence, cross-entropy).
-    """
+    """Weighted divergence plus cross-entropy, summed over N tokens: (total with gradient to ``student``, divergence,
+    cross-entropy). student, teacher: hidden states [N, D] after the final norm; labels [N], the next token, or -100
+    where there is no cross-entropy; ``rows``: tokens whose logits exist at a time."""
     if len(student) == 0 or not (loss.kd or loss.ce):  # such a micro-batch still takes part in its peers' backward
         zero = 0.0 * student.sum().float()
         return zero, zero.detach(), zero.detach()
-    return _HeadLoss.apply(student, teacher, labels, head, loss, rows or rows_per_chunk(student.device))
+    rows = rows or rows_per_chunk(student.device)
+    if compile and (missing := -len(student) % rows):  # whole chunks: one shape for the compiler
+        student, teacher = (F.pad(states, (0, 0, 0, missing)) for states in (student, teacher))
+        labels = F.pad(labels, (0, missing), value=IGNORED)
+    return _HeadLoss.apply(student, teacher, labels, head, loss, rows, compile)
 
 
 def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,8 +1,6 @@
-"""Causal attention among the documents of packed rows, without a mask: a step has none to make, and computes nothing
-that a mask would throw away.
+"""Causal attention among the documents of packed rows without a mask, so that nothing is computed to be thrown away.
 
-On GPUs it is the flash kernel that comes with PyTorch; unlike Transformers' ``flash_attention_2`` it needs no further
-package. On CPUs it is one product per document.
+On GPUs by the flash kernel in PyTorch, with no further package as for ``flash_attention_2``; on CPUs by document.
 """
 
 from __future__ import annotations
@@ -75,10 +73,9 @@ AttentionInterface.register(NAME, packed_attention)
 
 
 def supports(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this computes the model's attention, and faster: neither soft cap nor sinks nor dropout; on a GPU half
-    precision and heads of 8 to 256 values in steps of 8, on a CPU bfloat16."""
+    """Whether this computes the model's attention, and faster: neither soft cap nor sinks; on a GPU half precision and
+    heads of 8 to 256 values in steps of 8, on a CPU bfloat16."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    special = getattr(config, "attn_logit_softcapping", None) or getattr(config, "attention_dropout", 0.0)
     half = dtype in (torch.float16, torch.bfloat16)
     fits = dtype == torch.bfloat16 if device.type == "cpu" else half and head % 8 == 0 and head <= 256
-    return fits and not special and config.model_type != "gpt_oss"
+    return fits and not getattr(config, "attn_logit_softcapping", None) and config.model_type != "gpt_oss"

@@ -5,21 +5,19 @@ The layers below the first pair are the same for both, so they run once, without
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from lp_train.distill import packed_attention
-from lp_train.pairing import PairPlan, plan_of, sequential
+from lp_train.pairing import plan_of, sequential
 from lp_train.pairing.families import check_family, decoder_of
 
 LayerCall = tuple[nn.Module, dict[str, Any]]  # a decoder layer and its keyword arguments
-T = TypeVar("T")
 RunBlock = Callable[[Tensor, Sequence[LayerCall]], Tensor]
 
 
@@ -53,11 +51,11 @@ def run_original(
         ValueError: there is an attention mask, or the layers are given a cache.
     """
     plan, _ = plan_of(model)
-    hidden, calls = layer_calls(model, inputs)
-    below, blocks = in_blocks(calls, plan)
+    hidden, calls = _layer_calls(model, inputs)
+    blocks = [[calls[i] for i in layers] for layers in plan.blocks]
     outputs: dict[int, Tensor] = {}
     with sequential(model):
-        for call in below:
+        for call in calls[: plan.first_layer]:
             hidden = block(hidden, [call])
         first = hidden
         for i, layers in enumerate(blocks):
@@ -73,22 +71,13 @@ def run_suffix(model: nn.Module, recording: Recording, block: RunBlock = run_blo
     Returns the hidden states after the final norm [B, T, D], and those after each pair of ``recording.pair_outputs``.
     """
     hidden, outputs = recording.hidden, {}
-    decoder = decoder_of(model)
-    if torch.is_grad_enabled() and getattr(decoder.layers[-1], "gradient_checkpointing", False):
+    if torch.is_grad_enabled() and getattr(recording.blocks[0][-1][0], "gradient_checkpointing", False):
         hidden = hidden.detach().requires_grad_()  # reentrant checkpointing makes no gradient without one of its input
     for i, layers in enumerate(recording.blocks):
         hidden = block(hidden, layers)
         if i in recording.pair_outputs:
             outputs[i] = hidden
-    return decoder.norm(hidden), outputs
-
-
-def in_blocks(layers: Sequence[T], plan: PairPlan) -> tuple[list[T], list[list[T]]]:
-    """What there is for each layer below the first pair, and from there on in blocks: two for a pair, else one."""
-    return [layers[i] for i in range(plan.first_layer)], [[layers[i] for i in block] for block in plan.blocks]
-
-
-# --- what the decoder calls its layers with --------------------------------------------------------------------------
+    return decoder_of(model).norm(hidden), outputs
 
 
 class _Call(nn.Module):
@@ -104,24 +93,19 @@ class _Call(nn.Module):
         return hidden_states
 
 
-def layer_calls(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, list[LayerCall]]:
-    """The input of the first decoder layer [B, T, D], and every layer with its mask, rotary table and the like.
-
-    They are made by the decoder's own forward, with stand-ins for its layers.
-    """
+def _layer_calls(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, list[LayerCall]]:
+    """The input of the first decoder layer [B, T, D], and every layer with its mask, rotary table and the like, as the
+    decoder's own forward makes them for stand-ins of its layers."""
     if "attention_mask" in inputs:
         raise ValueError("attention_mask: documents packed into one row would see each other; leave it out")
+    arguments = {"attention_mask": _masks(model, inputs), **_document_lengths(model, inputs)}
     decoder = decoder_of(model)
-    layers = decoder.layers
-    with _replaced(decoder, nn.ModuleList(_Call(layer) for layer in layers)) as stand_ins:
-        decoder(
-            input_ids=inputs["input_ids"],
-            attention_mask=_masks(model, inputs),
-            position_ids=inputs.get("position_ids"),
-            use_cache=False,
-            output_hidden_states=False,
-            **_document_lengths(model, inputs),
-        )
+    layers, decoder.layers = decoder.layers, nn.ModuleList(map(_Call, decoder.layers))
+    try:
+        stand_ins, ids = decoder.layers, {name: inputs.get(name) for name in ("input_ids", "position_ids")}
+        decoder(**ids, **arguments, use_cache=False, output_hidden_states=False)
+    finally:
+        decoder.layers = layers
     calls = [(layer, stand_in.kwargs) for layer, stand_in in zip(layers, stand_ins, strict=True)]
     if any(kwargs.get("past_key_values") is not None for _, kwargs in calls):
         raise ValueError("past_key_values: documents packed into one row would see each other; run without a cache")
@@ -138,15 +122,6 @@ def _document_lengths(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, 
     starts, length = inputs["cu_seq_lens"], inputs["input_ids"].shape[1]
     torch._dynamo.maybe_mark_dynamic(starts, 0)  # as many documents as there are
     return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": length, "max_length_k": length}
-
-
-@contextlib.contextmanager
-def _replaced(decoder: nn.Module, stand_ins: nn.ModuleList) -> Iterator[nn.ModuleList]:
-    layers, decoder.layers = decoder.layers, stand_ins
-    try:
-        yield stand_ins
-    finally:
-        decoder.layers = layers
 
 
 def _masks(model: nn.Module, inputs: dict[str, Tensor]) -> Any:

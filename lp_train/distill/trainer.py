@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import resource
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,19 +22,20 @@ from trl.models.utils import _ForwardRedirection
 from lp_train.config import LossConfig
 from lp_train.data.rows import IGNORED
 from lp_train.distill.callbacks import CheckpointEvery
-from lp_train.distill.compiled import attention, compiled_block
+from lp_train.distill.compiled import Engine, attention, compiled_block
 from lp_train.distill.cuda_graph import GraphedLoss
 from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
 from lp_train.distill.replay import run_block, run_original, run_suffix
 from lp_train.errors import UserError
+from lp_train.pairing.families import decoder_of
+
+Collate = Callable[[list[Any]], dict[str, Tensor]]
+TOTALS = "totals.json"  # the last file of a checkpoint: what the Trainer's own state does not count
+RISE = 3.0  # a loss this many times the one of the first log line will not come back
 
 
 class TrainingDiverged(UserError):
     """The loss is not finite, or far above where it started."""
-
-
-TOTALS = "totals.json"  # the last file of a checkpoint: what the Trainer's own state does not count
-RISE = 3.0  # a loss this many times the one of the first log line will not come back
 
 
 class PairedTrainer(SFTTrainer):
@@ -40,12 +43,9 @@ class PairedTrainer(SFTTrainer):
 
     The loss is the weighted sum of divergence, cross-entropy and hidden-state error over the trained tokens of the
     whole global batch, divided by their number, so that the gradient does not depend on how the batch is cut into
-    micro-batches and processes. ``measure()`` gives the held-out figures for each evaluation.
-
-    ``flops`` gives those of a number of tokens, of which a number is trained. ``compile`` compiles each block of
-    layers, ``cuda_graph`` runs a micro-batch as one graph; ``attn_implementation`` is Transformers' name of the
-    attention used in training, None for the model's own, which evaluations always use. With gradient checkpointing,
-    every ``checkpoint_every``-th block from the first pair on is checkpointed.
+    micro-batches and processes. ``measure()`` gives the held-out figures for each evaluation, with the model's own
+    attention; ``flops`` those of a number of tokens, of which a number is trained. With gradient checkpointing, every
+    ``checkpoint_every``-th block from the first pair on is checkpointed.
     """
 
     def __init__(
@@ -55,39 +55,36 @@ class PairedTrainer(SFTTrainer):
         loss: LossConfig,
         train_dataset: Dataset,
         eval_dataset: Dataset,
-        collate: Callable[[list[Any]], dict[str, Tensor]],
+        collate: Collate,
         tokenizer: PreTrainedTokenizerBase,
         measure: Callable[[], Mapping[str, float | None]],
         callbacks: list[TrainerCallback],
         tokens_per_step: int,
         flops: Callable[[float, float], float],
         peak_flops: float | None,
-        compile: bool = False,
-        attn_implementation: str | None = None,
+        engine: Engine,
         checkpoint_every: int = 1,
-        cuda_graph: bool = False,
     ) -> None:
         args.dataset_kwargs = {"skip_prepare_dataset": True}
-        dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+        no_base_dropout(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        dtypes = [p.dtype for p in trained]
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=collate,
+            data_collator=functools.partial(_whole_batch, collate, args.per_device_train_batch_size),
             processing_class=tokenizer,
             callbacks=[*callbacks, CheckpointEvery(checkpoint_every)],
         )
-        for name, parameter in model.named_parameters():  # TRL rounds the adapters of a 4-bit base to bf16
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtypes[name])
+        for parameter, dtype in zip(trained, dtypes, strict=True):  # TRL rounds the adapters of a 4-bit base to bf16
+            parameter.data = parameter.data.to(dtype)
         self.model_accepts_loss_kwargs = True  # our loss divides by the global number of trained tokens itself
-        self.loss, self.measure = loss, measure
+        self.loss, self.measure, self.engine = loss, measure, engine
         self.tokens_per_step, self.flops, self.peak_flops = tokens_per_step, flops, peak_flops
-        self.block = compiled_block() if compile else run_block
-        self._graphed = GraphedLoss(self._loss_sums, [p for p in model.parameters() if p.requires_grad])
-        self._micro_batch = self._graphed if cuda_graph else self._loss_sums
-        self.attn_implementation = attn_implementation
+        self.block = compiled_block() if engine.compile_blocks else run_block
+        self._micro_batch = GraphedLoss(self._loss_sums, trained) if engine.cuda_graph else self._loss_sums
         self._own_attention = model.config.get_text_config()._attn_implementation
         self.trained_tokens = torch.zeros((), dtype=torch.int64, device=args.device)
         self._pending: list[Tensor] = []  # [kd, ce, hidden] sums of the micro-batches since the last log line
@@ -99,11 +96,7 @@ class PairedTrainer(SFTTrainer):
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """One micro-batch's share of the global loss, times the number of processes since gradients are averaged."""
         unwrapped = self.accelerator.unwrap_model(model)
@@ -125,7 +118,8 @@ class PairedTrainer(SFTTrainer):
             return chosen if mask is None else chosen * mask[:, None]  # the two are alike where they are zero
 
         labels = labels if mask is None else labels.masked_fill(~mask, IGNORED)
-        total, kd, ce = head_loss(of_trained(hidden), of_trained(recording.final), labels, Head.of(model), loss)
+        states = (of_trained(hidden), of_trained(recording.final))
+        total, kd, ce = head_loss(*states, labels, Head.of(model), loss, compile=self.engine.compile_loss)
         error = total.new_zeros(())
         for pair, output in outputs.items():
             teacher = of_trained(recording.pair_outputs[pair])
@@ -133,7 +127,7 @@ class PairedTrainer(SFTTrainer):
         return LossSums(total + loss.hidden * error, kd, ce, error)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with attention(self.model, self.attn_implementation):
+        with attention(self.model, self.engine.attention):
             return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | int | None]:
@@ -161,34 +155,36 @@ class PairedTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss's parts, tokens/s, MFU, memory and time left to each log line of the training loop."""
         if "loss" in logs:
-            logs.update(self._parts(), **self._speed())
+            weights = {"kd": self.loss.kd, "ce": self.loss.ce, "hidden": self.loss.hidden}
+            parts = zip(weights, self._mean_parts().tolist(), strict=True)
+            logs.update({name: value for name, value in parts if weights[name]}, **self._speed())
+            self._pending.clear()
             self._stop_when_diverged(logs["loss"])
         super().log(logs, start_time)
 
-    def _parts(self) -> dict[str, float]:
-        kd, ce, hidden = self._mean_parts().tolist()
-        self._pending.clear()
-        parts = {"kd": (kd, self.loss.kd), "ce": (ce, self.loss.ce), "hidden": (hidden, self.loss.hidden)}
-        return {name: value for name, (value, weight) in parts.items() if weight}
+    def _mean_parts(self) -> Tensor:
+        """[kd, ce, hidden] per trained token, over the steps since the last log line and all processes."""
+        assert self._since is not None
+        steps = max(1, self.state.global_step - self._since[1])
+        return self.accelerator.reduce(torch.stack(self._pending).sum(0), "sum") / steps
 
     def _speed(self) -> dict[str, float]:
         assert self._since is not None
         (then, step_then), now, step = self._since, time.perf_counter(), self.state.global_step
-        self._since = (now, step)
-        self.seconds += now - then
-        seconds_per_step = (now - then) / max(1, step - step_then)
+        seconds, self._since = now - then, (now, step)
+        self.seconds += seconds
         tokens, trained = self.tokens_per_step * (step - step_then), int(self.trained_tokens) - self._trained_then
         self._trained_then += trained
         speed = {
-            "tokens_per_second": tokens / (now - then),
-            "trained_tokens_per_second": trained / (now - then),
+            "tokens_per_second": tokens / seconds,
+            "trained_tokens_per_second": trained / seconds,
             "trained_tokens": int(self.trained_tokens),
             "memory_gib": peak_memory_gib(),
-            "seconds_left": (self.state.max_steps - step) * seconds_per_step,
+            "seconds_left": (self.state.max_steps - step) * seconds / max(1, step - step_then),
         }
         if self.peak_flops:
             flops = self.flops(tokens, trained) / self.accelerator.num_processes
-            speed["mfu"] = flops / (now - then) / self.peak_flops
+            speed["mfu"] = flops / seconds / self.peak_flops
         return speed
 
     def _stop_when_diverged(self, loss: float) -> None:
@@ -201,12 +197,6 @@ class PairedTrainer(SFTTrainer):
             f"diverged; lower train.learning_rate (now {self.args.learning_rate:g}) or raise train.global_batch_tokens "
             f"or train.warmup_steps; {kept}"
         )
-
-    def _mean_parts(self) -> Tensor:
-        """[kd, ce, hidden] per trained token, over the steps since the last log line and all processes."""
-        assert self._since is not None
-        steps = max(1, self.state.global_step - self._since[1])
-        return self.accelerator.reduce(torch.stack(self._pending).sum(0), "sum") / steps
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -239,6 +229,22 @@ class PairedTrainer(SFTTrainer):
         self.seconds += totals["seconds"]
 
 
+def _whole_batch(collate: Collate, size: int, rows: list[Any]) -> dict[str, Tensor]:
+    """A batch of ``size`` rows: the short last one of an epoch is filled up with a row of which nothing is trained, so
+    that a compiled step meets one shape."""
+    untrained = {name: [IGNORED] * len(v) if name.endswith("labels") else v for name, v in rows[0].items()}
+    return collate([*rows, *[untrained] * (size - len(rows))])
+
+
+def no_base_dropout(model: nn.Module) -> None:
+    """Switches the base's own dropout off, which would also reach the original; that of adapters stays."""
+    for name, module in decoder_of(model).named_modules():
+        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+            module.p = 0.0
+        elif getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
+
+
 def next_labels(labels: Tensor) -> Tensor:
     """labels [B, T] -> [B * T], at each position the label of the next one, and -100 at a row's last."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
@@ -248,6 +254,4 @@ def peak_memory_gib() -> float:
     """Peak memory of this process in GiB: allocated on the GPU, or resident on the CPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

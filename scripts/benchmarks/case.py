@@ -109,9 +109,8 @@ def window(layers: int, first: int, pairs: int) -> str:
 def build_config(case: Case, gradient_checkpointing: bool) -> Config:
     """A training configuration as a YAML file would give it."""
     rows, length = case.size
-    attention = "flex_attention" if torch.cuda.is_available() else "sdpa"
     raw = {
-        "model": {"name_or_path": case.shape, "dtype": case.dtype, "attn_implementation": attention},
+        "model": {"name_or_path": case.shape, "dtype": case.dtype},
         "plan": {"pairs": [list(pair) for pair in plan(case).pairs]},
         "lora": {"r": case.rank},
         "data": {"train": "random tokens"},
@@ -124,6 +123,7 @@ def build_config(case: Case, gradient_checkpointing: bool) -> Config:
             "eval_strategy": "no",
             "save_strategy": "no",
             "gradient_checkpointing": gradient_checkpointing,
+            "torch_compile": case.compile,
             "disable_tqdm": True,
         },
         "track": {"wandb": "off"},
@@ -134,11 +134,11 @@ def build_config(case: Case, gradient_checkpointing: bool) -> Config:
         return load_config(path)
 
 
-def build_base(case: Case, config: Config, device: torch.device) -> nn.Module:
+def build_base(case: Case, device: torch.device) -> nn.Module:
     """Random weights, made on the device in their dtype; the same ones in every call."""
     set_seed(0)
     dtype = resolve_dtype(case.dtype, device)
-    attention = config.model.attn_implementation
+    attention = "flex_attention" if device.type == "cuda" else "sdpa"  # of the baselines; ours chooses in training
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(model_config(case), dtype=dtype, attn_implementation=attention)
     return model.eval().requires_grad_(False)

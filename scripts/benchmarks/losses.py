@@ -33,7 +33,7 @@ Way = Callable[[Tensor, Tensor, Tensor, Head, LossConfig], Tensor]
 
 
 def ours(student: Tensor, teacher: Tensor, labels: Tensor, head: Head, loss: LossConfig) -> Tensor:
-    return head_loss(student, teacher, labels, head, loss)[0]
+    return head_loss(student, teacher, labels, head, loss, compile=student.is_cuda)[0]
 
 
 def trl(student: Tensor, teacher: Tensor, labels: Tensor, head: Head, loss: LossConfig) -> Tensor:

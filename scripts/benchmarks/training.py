@@ -26,11 +26,12 @@ from benchmarks.case import Case, build_base, build_config, model_config, plan, 
 from benchmarks.results import compare, identity
 from lp_train import models
 from lp_train.adapters import attach
-from lp_train.bench.flops import StepFlops, peak_flops, step_flops
+from lp_train.bench.flops import peak_flops, step_flops
+from lp_train.bench.shapes import build_on_meta
 from lp_train.config import Config
 from lp_train.data import RowCollator
 from lp_train.distill.arguments import training_arguments
-from lp_train.distill.compiled import GRAPHS, captures, training_attention
+from lp_train.distill.compiled import GRAPHS, choose_engine
 from lp_train.distill.fp8 import convert_linears
 from lp_train.distill.trainer import PairedTrainer
 from lp_train.errors import UserError
@@ -103,8 +104,7 @@ def run(
         **about(case, state.device),
         "matmul_tflops": matmul_tflops(state.device),
     }
-    needed = case_flops(case, checkpointing=False).total(case.tokens_per_step, case.trained_tokens)
-    found["step_tflop"] = needed / 1e12
+    found["step_tflop"] = needed_flops(case) / 1e12
     found["variants"] = rows = {}
     for name in names:
         variant = VARIANTS[name]
@@ -178,8 +178,8 @@ def make_trainer(case: Case, variant: Variant, state: PartialState, folder: Path
     """The trainer of a variant. All of them get the same weights, rows, adapters, optimizer and precision."""
     checkpointing = variant.checkpointing or (case.gradient_checkpointing and not variant.two_models)
     config = build_config(case, checkpointing)
-    teacher = build_base(case, config, state.device) if variant.two_models else None
-    model = pair_layers(build_base(case, config, state.device), plan(case), config.plan.algebra)
+    teacher = build_base(case, state.device) if variant.two_models else None
+    model = pair_layers(build_base(case, state.device), plan(case), config.plan.algebra)
     model = attach(model, plan(case), config)
     if case.fp8 and not variant.two_models:
         convert_linears(decoder_of(model).layers)
@@ -203,7 +203,7 @@ def make_trainer(case: Case, variant: Variant, state: PartialState, folder: Path
 
 
 def paired_trainer(case: Case, config: Config, collate: RowCollator, common: dict[str, Any]) -> PairedTrainer:
-    text_config, dtype, device = common["model"].config, models.resolve_dtype(case.dtype), models.device()
+    model, device = common["model"], models.device()
     return PairedTrainer(
         **common,
         loss=config.loss,
@@ -212,16 +212,17 @@ def paired_trainer(case: Case, config: Config, collate: RowCollator, common: dic
         tokenizer=tokenizer(),
         measure=dict,
         tokens_per_step=case.tokens_per_step,
-        flops=case_flops(case, case.gradient_checkpointing).total,
-        peak_flops=peak_flops(models.device()),
-        compile=case.compile,
-        attn_implementation=training_attention("auto", text_config, dtype, device, case.compile),
-        cuda_graph=captures("auto", case.compile, device, case.gradient_checkpointing),
+        flops=step_flops(model, config, case.lengths).total,
+        peak_flops=peak_flops(device),
+        engine=choose_engine(config, model, models.resolve_dtype(case.dtype, device), device),
     )
 
 
-def case_flops(case: Case, checkpointing: bool) -> StepFlops:
-    return step_flops(model_config(case), plan(case), build_config(case, checkpointing), case.lengths)
+def needed_flops(case: Case) -> float:
+    """Of one step of ours; what checkpointing runs again is not needed."""
+    config = build_config(case, gradient_checkpointing=False)
+    model = build_on_meta(model_config(case), plan(case), config, models.resolve_dtype(case.dtype))
+    return step_flops(model, config, case.lengths).total(case.tokens_per_step, case.trained_tokens)
 
 
 def free_memory() -> None:
