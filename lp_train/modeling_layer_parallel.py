@@ -120,12 +120,16 @@ def _give_each_head_its_gain(attention: nn.Module, config: Any) -> None:
 # --- configurations and models ---------------------------------------------------------------------------------------
 
 
+def _uniform(config: Any) -> Any:
+    """The configuration as if no layer were wide. Some code of the families reads the one width of a whole model."""
+    plain: Any = copy.copy(config)
+    plain.per_layer_config = None
+    return plain
+
+
 class _Config:
     def validate(self) -> None:
-        """The family's checks, as if no layer were wide: they read the one width of a whole model."""
-        plain: Any = copy.copy(self)
-        plain.per_layer_config = None
-        super(_Config, plain).validate()  # type: ignore[misc]
+        super(_Config, _uniform(self)).validate()  # type: ignore[misc]
 
 
 class _Model(nn.Module):
@@ -137,6 +141,7 @@ class _Model(nn.Module):
         layers = self.get_decoder().layers
         if config.is_heterogeneous:
             self._widen(layers)
+            self.get_decoder().rotary_emb.config = _uniform(config)
             self.post_init()  # again, for the new layers
         for k, j in config.parallel_layers["pairs"]:
             self._pair(layers[k], layers[j])

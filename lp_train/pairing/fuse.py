@@ -85,7 +85,7 @@ def fuse(model: nn.Module) -> PreTrainedModel:
     """
     made, kept = blocks(model)
     if all(len(block) == 1 for block in made):
-        raise UserError(f"no pair can be fused: {_listed(kept)}; export the paired form instead")
+        raise UserError(f"no pair can be fused: {listed(kept)}; export the paired form instead")
     with torch.device("meta"):
         fused = CLASSES[model.config.model_type][1](config_of(model, made))
     fused.load_state_dict(dict(tensors(model, made)), strict=False, assign=True)
@@ -95,7 +95,7 @@ def fuse(model: nn.Module) -> PreTrainedModel:
     return fused.eval()
 
 
-def _listed(reasons: dict[tuple[int, int], str]) -> str:
+def listed(reasons: dict[tuple[int, int], str]) -> str:
     return "; ".join(f"{first}+{second}: {reason}" for (first, second), reason in reasons.items())
 
 
