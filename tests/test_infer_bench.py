@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 import torch
+import transformers as hf
 
 import bench
-from benchmarks import infer, infer_table
+from benchmarks import infer, infer_table, predict
+from lp_train import finetune
 from lp_train.pairing import is_paired
 
 CPU = torch.device("cpu")
@@ -119,3 +122,48 @@ def test_a_cell_out_of_memory_is_told_and_the_others_go_on(monkeypatch: pytest.M
     errors = [cell["batch"] for cell in found["cells"] if cell.get("error") == "out of memory"]
     assert errors == [2, 2, 2, 2] and len(found["cells"]) == 8
     assert "out of memory | not run" in infer_table.table(found)
+
+
+def decode(form: str, ms: float, layers: int) -> dict[str, Any]:
+    return {"form": form, "what": "decode", "mode": "graph", "batch": 1, "context": 512, "ms": ms, "layers": layers}
+
+
+def test_the_prediction_is_its_formula() -> None:
+    """By hand: 8 ms over 4 GPUs and 66 all-reduces of 10 us; 7 ms and 52 of them."""
+    assert predict.step_ms(8.0, 32, 4, 10.0) == pytest.approx(2.0 + 0.66)
+    lines = predict.predict([decode("sequential", 8.0, 32), decode("fused", 7.0, 25)])
+    assert {(line["link"], line["gpus"]) for line in lines} == {
+        (link, gpus) for link, by_gpus in predict.LATENCIES_US.items() for gpus in by_gpus
+    }
+    for line in lines:
+        us = predict.LATENCIES_US[line["link"]][line["gpus"]]
+        expected = (8 / line["gpus"] + 0.066 * us) / (7 / line["gpus"] + 0.052 * us)
+        assert line["predicted_speedup"] == pytest.approx(expected)
+
+
+def test_the_prediction_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.jsonl"
+    cells = [decode("sequential", 8.0, 32), decode("fused", 7.0, 25)]
+    file.write_text("".join(json.dumps({"cell": cell}) + "\n" for cell in cells))
+    assert bench.main(["predict", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("PREDICTED, not measured")
+    assert len(json.loads(text.splitlines()[-1])["predicted"]) == 7
+    file.write_text(json.dumps({"cell": cells[0]}))
+    assert bench.main(["predict", str(file)]) == 2
+    assert bench.main(["predict", str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_a_run_s_fused_model_drafts_for_its_original(
+    tmp_path: Path, tiny_tokenizer: hf.PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_run.save_model(tmp_path / "model", tiny_tokenizer)
+    config = tiny_run.write_config(tmp_path / "config.yaml", model, tiny_run.write_text(tmp_path / "text.jsonl"))
+    assert finetune.main([str(config)]) == 0
+    options = ["--prompts", "2", "--prompt-tokens", "8", "--tokens", "12", "--lengths", "3"]
+    assert bench.main(["draft", str(tmp_path / "run"), *options]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [line["draft"] for line in found["drafts"]] == ["untuned", "recovered"]
+    assert all(line["identical"] == 1 and 1 <= line["accepted"] <= 4 for line in found["drafts"])
+    assert found["depth"] == [6, 4]
+    assert bench.main(["draft", str(tmp_path / "model")]) == 2

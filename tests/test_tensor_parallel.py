@@ -50,7 +50,7 @@ def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             expected[f"{name} {form}"] = {"logits": logits, "tokens": tokens}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
     worker = [str(ROOT / "tests" / "tensor_parallel_worker.py"), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run([sys.executable, *launch, *worker], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return request.param, {name: (one, torch.load(folder / f"{name}.pt")) for name, one in expected.items()}

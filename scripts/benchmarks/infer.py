@@ -21,6 +21,7 @@ import datetime
 import gc
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -62,7 +63,7 @@ MOST_PREFILLED = 2**17  # tokens; a batch of 8 rows of 16,384
 
 Options = argparse.Namespace
 Cell = dict[str, Any]
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+WORLD, RANK = (int(os.environ.get(name, alone)) for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0")))
 
 
 def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
                     cell = {"form": form, "mode": mode, **cell}
                     _add_rates(cell, found["copy_gb_per_second"])
                     cells.append(cell)
-                    if int(os.environ.get("RANK", "0")) == 0:
+                    if RANK == 0:
                         say(infer_table.line(cell))
                         keep({**found, "cell": cell})
     infer_table.compare(cells)
@@ -185,7 +186,7 @@ def _sharded(options: Options, where: torch.device) -> Iterator[tuple[str, nn.Mo
     """Transformers' own tensor parallelism, from checkpoints that the first process writes into a scratch folder."""
     names = [form for form in options.forms if form != "paired"]
     scratch = Path(tempfile.gettempdir()) / f"lp-infer-{os.environ['MASTER_PORT']}"
-    if dist.get_rank() == 0:
+    if RANK == 0:
         for form, model in _whole(options, where):
             if form in names:
                 model.save_pretrained(scratch / form)
@@ -197,6 +198,8 @@ def _sharded(options: Options, where: torch.device) -> Iterator[tuple[str, nn.Mo
         dtype = getattr(torch, options.dtype)
         yield form, AutoModelForCausalLM.from_pretrained(scratch / form, dtype=dtype, distributed_config=config).eval()
         gc.collect()
+    dist.barrier()
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 # --- one model -------------------------------------------------------------------------------------------------------
@@ -213,6 +216,7 @@ def measure(model: nn.Module, mode: str, options: Options, where: torch.device) 
                 if part == "prefill" and batch * context > MOST_PREFILLED:
                     continue
                 cell: Cell = {"what": part, "batch": batch, "context": context}
+                cell["layers"] = len(decoder_of(model).layers)
                 try:
                     yield cell | _measure(model, mode, part, batch, context, options, where)
                 except torch.OutOfMemoryError:
@@ -371,9 +375,9 @@ def _integers(text: str) -> list[int]:
 def command(options: Options) -> None:
     """Measures and prints: a table, and as the last line one JSON object."""
     found = run(options, lambda text: print(text, file=sys.stderr, flush=True))
-    if options.out:
-        infer_table.plot(found, options.out.with_suffix(".png"))
-    if int(os.environ.get("RANK", "0")) == 0:
+    if RANK == 0:
+        if options.out:
+            infer_table.plot(found, options.out.with_suffix(".png"))
         print(f"\n{infer_table.table(found)}\n\n{json.dumps(found)}", flush=True)
     if dist.is_initialized():
         dist.barrier()
