@@ -32,14 +32,14 @@ from lp_train.run_folder import CONFIG
 @torch.no_grad()
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Greedy generation of the original, alone and with each draft: untuned pairs, and the run's recovered ones."""
-    record = models.read_stamp(models._result_folder(str(options.run)))
-    if record is None or not (options.run / CONFIG).exists():
-        raise UserError(f"{options.run}: not the folder of a finished run; name one")
+    record = models.read_stamp(models._result_folder(str(options.folder)))
+    if record is None or not (options.folder / CONFIG).exists():
+        raise UserError(f"{options.folder}: not the folder of a finished run; name one")
     original = models.load_base(models._recorded_config(record["base"] | {"quantization": None}, None, options.dtype))
     plan = PairPlan.parse(record["pairs"], num_layers=len(decoder_of(original).layers))
     untuned = fuse(pair_layers(original, plan, record["algebra"]))
     unpair_layers(original)
-    recovered, tokenizer = models.load(str(options.run), dtype=options.dtype, full_precision=True)
+    recovered, tokenizer = models.load(str(options.folder), dtype=options.dtype, full_precision=True)
     drafts = {"untuned": untuned, "recovered": fuse(recovered)}
     prompts = _prompts(options, tokenizer).to(next(original.parameters()).device)
     alone = [_generate(original, prompt[None], options.tokens) for prompt in prompts]
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prompts(options: argparse.Namespace, tokenizer: Any) -> Tensor:
-    config = load_config(options.run / CONFIG)
+    config = load_config(options.folder / CONFIG)
     length, tokens = config.train["max_length"], config.evaluate.tokens
     data = build_data(
         config.data, tokenizer, max_length=length, train_tokens=length, eval_tokens=tokens, kd_on="all", seed=0
@@ -113,7 +113,9 @@ def command(options: argparse.Namespace) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="folder of a finished run; the prompts are its held-out text")
+    parser.add_argument(
+        "folder", type=Path, metavar="RUN", help="folder of a finished run; the prompts are its held-out text"
+    )
     for name, value in {"prompts": 16, "prompt-tokens": 64, "tokens": 128}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=[2, 4, 8])
