@@ -38,7 +38,7 @@ def options(*arguments: str) -> argparse.Namespace:
 
 def test_the_command_measures_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "cells.jsonl"
-    assert bench.main(["infer", *SMALL, "--modes", "eager,compile", "--out", str(out)]) == 0
+    assert bench.main(["infer", *SMALL, "--modes", "eager,compile", "--profile", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     found = json.loads(text.splitlines()[-1])
     expected = {
@@ -53,6 +53,7 @@ def test_the_command_measures_every_cell(tmp_path: Path, capsys: pytest.CaptureF
     keys = ("form", "mode", "what", "batch", "context")
     assert {tuple(cell[k] for k in keys) for cell in found["cells"]} == expected
     assert all(cell["ms"] > 0 and cell["speedup"] > 0 for cell in found["cells"])
+    assert all(("kernels_ms" in cell) == (cell["what"] == "decode") for cell in found["cells"])
     assert all((cell["of_copy"] is not None) == (cell["what"] == "decode") for cell in found["cells"])
     assert [json.loads(line)["cell"]["form"] for line in out.read_text().splitlines()][-1] == "fused"
     assert (tmp_path / "cells.png").stat().st_size > 0

@@ -233,8 +233,9 @@ def _measure(
         ms = timed(lambda: model(prompt, use_cache=True, logits_to_keep=1), max(3, options.repeats // 5), where)
         return {"ms": ms, "tokens": batch * context}
     if part == "decode":
-        stepper = Stepper(model, mode, batch, context, WARMUP + 2 + options.repeats, where)
-        return {"ms": timed(stepper.step, options.repeats, where), "tokens": batch, "bytes": stepper.bytes_read()}
+        stepper = Stepper(model, mode, batch, context, WARMUP + 4 + options.repeats, where)
+        found = {"ms": timed(stepper.step, options.repeats, where), "tokens": batch, "bytes": stepper.bytes_read()}
+        return found | ({"kernels_ms": _kernels(stepper.step)} if options.profile else {})
     if mode == "eager":
         prompt = torch.ones(batch, context, dtype=torch.long, device=where)
         n = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False, "pad_token_id": 0}
@@ -243,6 +244,16 @@ def _measure(
         stepper = Stepper(model, mode, batch, context, options.tokens, where)
         ms = timed(lambda: stepper.generate(options.tokens), 3, where, warmup=1)
     return {"ms": ms, "tokens": batch * options.tokens}
+
+
+def _kernels(step: Callable[[], Any], most: int = 12) -> dict[str, float]:
+    """Where the time of one step goes: ms by kernel, the longest first."""
+    with torch.profiler.profile() as profile:
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    rows = [(event.key[:80], event.self_device_time_total / 1e3) for event in profile.key_averages()]
+    return dict(sorted(rows, key=lambda row: -row[1])[:most])
 
 
 class Stepper:
@@ -257,6 +268,7 @@ class Stepper:
         self._fill(batch, model.dtype, where)
         self.step: Callable[[], Any] = self.eager_step
         if mode == "compile":
+            torch._dynamo.reset()  # each size is a graph of its own
             self.forward = torch.compile(model.forward, **COMPILE)
         if mode == "graph":
             self._capture()
@@ -356,6 +368,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--layers", type=int)
     command.add_argument("--vocab", type=int)
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    command.add_argument("--profile", action="store_true", help="also the time of each kernel of a decoding step")
     command.add_argument("--out", type=Path, help="file.jsonl; a line is appended when a cell is done; and file.png")
 
 
