@@ -301,10 +301,13 @@ def _recorded_config(record: dict[str, Any], base: str | None, dtype: Any) -> Mo
     )
 
 
-def load(path: str, base: str | None = None, dtype: Any = "auto") -> tuple[nn.Module, Tokenizer]:
+def load(
+    path: str, base: str | None = None, dtype: Any = "auto", full_precision: bool = False
+) -> tuple[nn.Module, Tokenizer]:
     """The recovered, paired model of a run folder, adapter folder or hub id, in eval mode, and its tokenizer.
 
-    ``base`` names the base model where it is not where it was in training; ``dtype`` as ``model.dtype``.
+    ``base`` names the base model where it is not where it was in training; ``dtype`` as ``model.dtype``;
+    ``full_precision`` leaves a base that was quantised in training as it is on disk.
 
     Raises:
         UserError: nothing there, no plan stored with it, or another base than it was made for.
@@ -317,7 +320,8 @@ def load(path: str, base: str | None = None, dtype: Any = "auto") -> tuple[nn.Mo
     record = read_stamp(folder)
     if record is None:
         raise UserError(f"{path!r}: nothing in it says which layers were paired; it was not written by lp_train")
-    model = load_base(_recorded_config(record["base"], base if has_adapter else str(folder), dtype))
+    stored = record["base"] | ({"quantization": None} if full_precision else {})
+    model = load_base(_recorded_config(stored, base if has_adapter else str(folder), dtype))
     plan = PairPlan.parse(record["pairs"], num_layers=len(decoder_of(model).layers))
     pair_layers(model, plan, record["algebra"])
     if has_adapter:

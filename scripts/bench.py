@@ -1,10 +1,13 @@
 """Speed and memory of training, on random weights and tokens: steps, a sweep over shapes, the loss alone.
-And of tasks: lm-eval over our model object beside the bare model.
+Of tasks: lm-eval over our model object beside the bare model. Of inference: in order, paired and fused.
 
     python scripts/bench.py train --shape llama-8b --batch 8 --seq 2048 --out runs/train.jsonl
     python scripts/bench.py table runs/train.jsonl
     python scripts/bench.py sweep --shape llama-1b --out runs/sweep
     python scripts/bench.py loss --rows 16384 --width 4096 --vocab 128256
+    python scripts/bench.py infer --shape llama-8b --modes graph --batches 1 --contexts 512 --out runs/infer.jsonl
+    python scripts/bench.py predict runs/infer.jsonl
+    python scripts/bench.py draft runs/demo --prompts 4
     python scripts/bench.py harness configs/smollm2_135m.yaml evaluate.tasks=[hellaswag_local] evaluate.task_data=DATA
 
 On a CPU, in seconds:
@@ -28,7 +31,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from benchmarks import harness, losses, results, sweep, table, training
+from benchmarks import draft, harness, infer, losses, predict, results, sweep, table, training
 from benchmarks.case import SHAPES, Case
 from lp_train import models
 from lp_train.config import load_config
@@ -122,6 +125,15 @@ def parser() -> argparse.ArgumentParser:
     for name, value in {"rows": 16384, "width": 4096, "vocab": 128256, "repeats": 5}.items():
         alone.add_argument(f"--{name}", type=positive, default=value, help="default %(default)s")
     alone.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    inference = commands.add_parser("infer", help="prefill, decoding, generation: in order, paired, fused")
+    inference.set_defaults(run=infer.command)
+    infer.add_options(inference)
+    several = commands.add_parser("predict", help="PREDICTED speed-up on 2, 4, 8 GPUs, from the file of infer --out")
+    several.set_defaults(run=predict.command)
+    predict.add_options(several)
+    assisted = commands.add_parser("draft", help="lossless use: a run's fused model as the draft of its original")
+    assisted.set_defaults(run=draft.command)
+    draft.add_options(assisted)
     over = commands.add_parser("harness", help="tasks through lm-eval, and the bare model over the same inputs")
     over.set_defaults(run=tasks)
     over.add_argument("config", help="a YAML file with evaluate.tasks")

