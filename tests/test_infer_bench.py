@@ -57,14 +57,14 @@ def test_the_command_measures_every_cell(tmp_path: Path, capsys: pytest.CaptureF
     assert all((cell["of_copy"] is not None) == (cell["what"] == "decode") for cell in found["cells"])
     assert [json.loads(line)["cell"]["form"] for line in out.read_text().splitlines()][-1] == "fused"
     assert (tmp_path / "cells.png").stat().st_size > 0
-    assert text.count("| fused |") == len(expected) // 3
+    assert text.count("| fused, 5 layers |") == len(expected) // 3
 
 
 def test_the_forms_are_what_they_are_called_and_share_their_weights() -> None:
     seen: dict[str, Any] = {}
     x = torch.arange(8)[None]
     with torch.no_grad():
-        for form, model in infer.forms(options("--pairs", "2:6"), CPU):
+        for form, _, model in infer.forms(options("--pairs", "2:6"), CPU):
             layers = model.model.layers
             seen[form] = (len(layers), is_paired(model), model(x).logits, layers[0].mlp.up_proj.weight.data_ptr())
     assert [seen[form][:2] for form in infer.FORMS] == [(6, False), (6, True), (4, False)]
@@ -76,7 +76,7 @@ def test_the_forms_are_what_they_are_called_and_share_their_weights() -> None:
 @torch.no_grad()
 def test_steps_are_those_of_generate() -> None:
     """A static cache, stepped as the benchmark does, decodes as ``generate`` does."""
-    model: Any = dict(infer.forms(options("--pairs", "2:6"), CPU))["fused"]
+    model: Any = {form: m for form, _, m in infer.forms(options("--pairs", "2:6"), CPU)}["fused"]
     prompt = torch.ones(1, 8, dtype=torch.long)
     expected = model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, 8:]
     decoder = stepper.Stepper(model, "compile", 1, 8, 8, CPU)
@@ -94,7 +94,7 @@ def test_steps_are_those_of_generate() -> None:
 
 def test_bytes_of_a_step() -> None:
     with torch.no_grad():
-        for form, model in infer.forms(options("--pairs", "2:6"), CPU):
+        for form, _, model in infer.forms(options("--pairs", "2:6"), CPU):
             decoder = stepper.Stepper(model, "compile", 2, 8, 4, CPU)
             weights = 4 * sum(p.numel() for p in model.parameters())  # the head is tied: its embedding is read
             assert decoder.bytes_read() == weights + 6 * 2 * (2 * 2 * 12 * 6) * 4, form

@@ -2,6 +2,7 @@
 
     python scripts/bench.py infer --shape llama-8b --modes graph --batches 1 --contexts 512 --out runs/infer.jsonl
     python scripts/bench.py infer --model runs/demo --modes eager
+    python scripts/bench.py infer --shape llama-8b --pairs 15:29 7:29      # fused both ways beside one sequential model
     torchrun --nproc-per-node 2 scripts/bench.py infer --shape llama-8b --modes eager,graph     # tensor parallel
 
 On a CPU, in seconds:
@@ -10,8 +11,10 @@ On a CPU, in seconds:
 
 The caches are filled with zeros, which cost what other values cost; a static cache is as long as its context and the
 tokens that follow. Modes: eager; compile, the whole step through torch.compile as ``generate`` does with a static
-cache; graph, the eager step captured as a CUDA graph. ``PYTHONPATH=.:scripts python -m benchmarks.infer`` is the same
-and needs neither trl nor datasets, unless ``--model`` is a run.
+cache; tuned, the same with inductor's coordinate descent, where products of one row become reductions; graph, the eager
+step captured as a CUDA graph. Eager steps are measured at lengths that were met before: cuDNN's attention plans each
+new length for 40 ms, once in a process. ``PYTHONPATH=.:scripts python -m benchmarks.infer`` is the same and needs
+neither trl nor datasets, unless ``--model`` is a run.
 """
 
 from __future__ import annotations
@@ -21,9 +24,7 @@ import datetime
 import gc
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -39,13 +40,14 @@ from benchmarks import infer_table
 from benchmarks.results import appender, identity
 from benchmarks.stepper import RANK, WARMUP, WORLD, Stepper, copy_speed, kernels, timed
 from lp_train.errors import UserError
-from lp_train.pairing import PairPlan, pair_layers, unpair_layers
+from lp_train.pairing import PairPlan, pair_layers, plan_of, unpair_layers
 from lp_train.pairing.families import decoder_of
 from lp_train.pairing.fuse import fuse
 
 FOLDER = Path(__file__).parents[2] / "configs" / "shapes"
 SHAPES: dict[str, tuple[str, Any]] = {
     "llama-8b": ("Llama-3.1-8B", "15:29"),
+    "llama2-7b": ("Llama-2-7b-hf", "9:23"),
     "llama-3b": ("Llama-3.2-3B", "15:25"),
     "llama-1b": ("Llama-3.2-1B", "8:14"),
     "qwen3-4b": ("Qwen3-4B", "18:32"),
@@ -53,7 +55,7 @@ SHAPES: dict[str, tuple[str, Any]] = {
 }
 FORMS, MODES, PARTS = (
     ("sequential", "paired", "fused"),
-    ("eager", "compile", "graph"),
+    ("eager", "compile", "tuned", "graph"),
     ("prefill", "decode", "generate"),
 )
 MOST_PREFILLED = 2**17  # tokens; a batch of 8 rows of 16,384
@@ -71,10 +73,10 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     found: dict[str, Any] = {**origin(where), "case": _case(options), "copy_gb_per_second": copy_speed(where)}
     cells: list[Cell] = []
     with torch.no_grad():
-        for form, model in forms(options, where):
+        for form, pairs, model in forms(options, where):
             for mode in options.modes:
                 for cell in measure(model, mode, options, where):
-                    cell = {"form": form, "mode": mode, **cell}
+                    cell = {"form": form, "pairs": pairs, "mode": mode, **cell}
                     _add_rates(cell, found["copy_gb_per_second"])
                     cells.append(cell)
                     if RANK == 0:
@@ -111,45 +113,78 @@ def _case(options: Options) -> dict[str, Any]:
 # --- the models ------------------------------------------------------------------------------------------------------
 
 
-def forms(options: Options, where: torch.device) -> Iterator[tuple[str, nn.Module]]:
-    """Each form with its name. They share the weights of every layer that is not paired."""
-    if WORLD > 1:
-        yield from _sharded(options, where)
-        return
-    for form, model in _whole(options, where):
-        if form in options.forms:
-            yield form, model
+Form = tuple[str, str | None, nn.Module]  # its name, its pairs as they were asked for, the model
+
+
+def forms(options: Options, where: torch.device) -> Iterator[Form]:
+    """Each form that was asked for. They share the weights of every layer that is not paired, but for shards."""
+    wanted = [form for form in options.forms if WORLD == 1 or form != "paired"]
+    if options.model and (Path(options.model) / "resolved_config.yaml").exists():
+        made: Iterator[Form] = _of_run(options, where)
+    else:
+        made = _sharded(options, where, wanted) if WORLD > 1 else _whole(options, where)
+    for form, pairs, model in made:
+        if form in wanted:
+            yield form, pairs, model
         torch._dynamo.reset()
         gc.collect()
 
 
-def _whole(options: Options, where: torch.device) -> Iterator[tuple[str, nn.Module]]:
-    if options.model and (Path(options.model) / "resolved_config.yaml").exists():  # a run: its original, its result
-        from lp_train import models
+def _of_run(options: Options, where: torch.device) -> Iterator[Form]:
+    """The original of a run, its result as it was trained, and fused."""
+    from lp_train import models
 
-        record = models.read_stamp(models._result_folder(options.model))
-        assert record is not None
-        yield "sequential", models.load_base(models._recorded_config(record["base"], None, options.dtype), where)
-        model = models.load(options.model, dtype=options.dtype)[0]
-        model = model.merge_and_unload() if hasattr(model, "peft_config") else model
-    else:
-        model = _original(options, where)
-        yield "sequential", model
-        layers = len(decoder_of(model).layers)
-        model = pair_layers(model, PairPlan.parse(_pairs(options, layers), num_layers=layers))
-    yield "paired", model
-    fused = fuse(model)
-    unpair_layers(model)
-    yield "fused", fused
+    record = models.read_stamp(models._result_folder(options.model))
+    assert record is not None
+    yield "sequential", None, models.load_base(models._recorded_config(record["base"], None, options.dtype), where)
+    model = models.load(options.model, dtype=options.dtype)[0]
+    model = model.merge_and_unload() if hasattr(model, "peft_config") else model
+    pairs = str(plan_of(model)[0])
+    yield "paired", pairs, model
+    yield "fused", pairs, fuse(model)
 
 
-def _pairs(options: Options, layers: int) -> Any:
+def _whole(options: Options, where: torch.device) -> Iterator[Form]:
+    model = _original(options, where)
+    yield "sequential", None, model
+    for pairs in _pairs(options, len(decoder_of(model).layers)):
+        yield from _paired(model, pairs)
+        unpair_layers(model)
+
+
+def _paired(model: nn.Module, pairs: Any) -> Iterator[Form]:
+    pair_layers(model, PairPlan.parse(pairs, num_layers=len(decoder_of(model).layers)))
+    yield "paired", str(pairs), model
+    yield "fused", str(pairs), fuse(model)
+
+
+def _sharded(options: Options, where: torch.device, wanted: list[str]) -> Iterator[Form]:
+    """Transformers' own tensor parallelism. Each process makes the whole model from one seed and keeps its shards."""
+    model = _original(options, where)
+    sizes = _pairs(options, len(decoder_of(model).layers))
+    if "sequential" in wanted:
+        yield "sequential", None, _shard(model)
+    for pairs in sizes if "fused" in wanted else ():
+        del model
+        gc.collect()
+        _, _, model = list(_paired(_original(options, where), pairs))[-1]
+        yield "fused", str(pairs), _shard(model)
+
+
+def _shard(model: Any) -> nn.Module:
+    how = {"dtype": model.dtype, "distributed_config": DistributedConfig(tp_size=WORLD, tp_plan="auto")}
+    sharded = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), **how).eval()
+    sharded.generation_config = model.generation_config
+    return sharded
+
+
+def _pairs(options: Options, layers: int) -> list[Any]:
     if options.pairs:
         return options.pairs
     if options.shape and options.layers is None:
-        return SHAPES[options.shape][1]
+        return [SHAPES[options.shape][1]]
     pairs = max(1, layers // 5)
-    return f"{layers // 2}:{layers // 2 + 2 * min(pairs, layers // 4)}"
+    return [f"{layers // 2}:{layers // 2 + 2 * min(pairs, layers // 4)}"]
 
 
 def _original(options: Options, where: torch.device) -> nn.Module:
@@ -168,26 +203,6 @@ def _original(options: Options, where: torch.device) -> nn.Module:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw), dtype=dtype)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return model.eval()
-
-
-def _sharded(options: Options, where: torch.device) -> Iterator[tuple[str, nn.Module]]:
-    """Transformers' own tensor parallelism, from checkpoints that the first process writes into a scratch folder."""
-    names = [form for form in options.forms if form != "paired"]
-    scratch = Path(tempfile.gettempdir()) / f"lp-infer-{os.environ['MASTER_PORT']}"
-    if RANK == 0:
-        for form, model in _whole(options, where):
-            if form in names:
-                model.save_pretrained(scratch / form)
-        del model
-        gc.collect()
-    dist.barrier()
-    for form in names:
-        config = DistributedConfig(tp_size=WORLD, tp_plan="auto")
-        dtype = getattr(torch, options.dtype)
-        yield form, AutoModelForCausalLM.from_pretrained(scratch / form, dtype=dtype, distributed_config=config).eval()
-        gc.collect()
-    dist.barrier()
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 # --- one model -------------------------------------------------------------------------------------------------------
@@ -209,6 +224,8 @@ def measure(model: nn.Module, mode: str, options: Options, where: torch.device) 
                     yield cell | _measure(model, mode, part, batch, context, options, where)
                 except torch.OutOfMemoryError:
                     yield cell | {"error": "out of memory"}
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    yield cell | {"error": f"not compiled: {str(error).splitlines()[0]}"}
                 if where.type == "cuda":
                     torch.cuda.empty_cache()
 
@@ -221,16 +238,20 @@ def _measure(
         ms = timed(lambda: model(prompt, use_cache=True, logits_to_keep=1), max(3, options.repeats // 5), where)
         return {"ms": ms, "tokens": batch * context}
     if part == "decode":
-        stepper = Stepper(model, mode, batch, context, WARMUP + 4 + options.repeats, where)
+        room = WARMUP + 4 + options.repeats
+        if mode == "eager":
+            timed(Stepper(model, mode, batch, context, room, where).step, options.repeats, where)
+        stepper = Stepper(model, mode, batch, context, room, where)
         found = {"ms": timed(stepper.step, options.repeats, where), "tokens": batch, "bytes": stepper.bytes_read()}
-        return found | ({"kernels_ms": kernels(stepper.step)} if options.profile else {})
+        return found | (kernels(stepper.step) if options.profile else {})
+    repeats = max(1, options.repeats // 10)
     if mode == "eager":
         prompt = torch.ones(batch, context, dtype=torch.long, device=where)
         n = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False, "pad_token_id": 0}
-        ms = timed(lambda: model.generate(prompt, **n), 3, where, warmup=1)
+        ms = timed(lambda: model.generate(prompt, **n), repeats, where, warmup=1)
     else:
         stepper = Stepper(model, mode, batch, context, options.tokens, where)
-        ms = timed(lambda: stepper.generate(options.tokens), 3, where, warmup=1)
+        ms = timed(lambda: stepper.generate(options.tokens), repeats, where, warmup=1)
     return {"ms": ms, "tokens": batch * options.tokens}
 
 
@@ -249,7 +270,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--shape", choices=SHAPES, help="random weights")
     which.add_argument("--model", help="a run folder (its original and its result), or a model")
-    command.add_argument("--pairs", type=lambda text: json.loads(text) if text.startswith("[") else text)
+    pairs = {"type": lambda text: json.loads(text) if text.startswith("[") else text, "nargs": "+"}
+    command.add_argument("--pairs", **pairs, help="windows or lists of pairs; each is paired and fused by itself")
     for name, known in (("forms", FORMS), ("modes", MODES), ("parts", PARTS)):
         command.add_argument(f"--{name}", type=_names(name, known), default=list(known), help=f"of {','.join(known)}")
     command.add_argument("--batches", type=_integers, default=[1, 8, 32])

@@ -1,10 +1,19 @@
-"""Figures of the inference benchmark as text and as a plot."""
+"""Figures of the inference benchmark as text and as a plot.
+
+    PYTHONPATH=.:scripts python -m benchmarks.infer_table FILE.jsonl [FILE.jsonl ...]
+
+prints the tables of files that ``infer --out`` wrote, and as the last line one JSON list: runs of one case, machine and
+code are one table; a ratio is only inside one.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
+SAME = ("device", "world", "machine", "versions", "commit", "code")
 KEY = ("mode", "what", "batch", "context")
 
 
@@ -17,9 +26,13 @@ def compare(cells: list[dict[str, Any]]) -> None:
 
 
 def line(cell: dict[str, Any]) -> str:
-    return f"{cell['form']} {cell['mode']} {cell['what']} batch {cell['batch']} context {cell['context']}: " + (
+    return f"{_name(cell)} {cell['mode']} {cell['what']} batch {cell['batch']} context {cell['context']}: " + (
         cell.get("error") or f"{cell['ms']:.2f} ms, {cell['tokens_per_second']:,.0f} tokens/s"
     )
+
+
+def _name(cell: dict[str, Any]) -> str:
+    return cell["form"] if cell["form"] == "sequential" else f"{cell['form']}, {cell['layers']} layers"
 
 
 def table(found: dict[str, Any]) -> str:
@@ -31,13 +44,13 @@ def table(found: dict[str, Any]) -> str:
         f"code {found['code']}"
     )
     header = ("what", "mode", "batch", "context", "form", "ms", "tokens/s", "GB/s", "of copy", "speed-up")
-    cells = sorted(found["cells"], key=lambda c: (c["what"], c["mode"], c["batch"], c["context"]))
+    cells = sorted(found["cells"], key=lambda c: tuple(c[name] for name in ("what", *KEY[:1], *KEY[2:])))
     rows = [header, ["---"] * 2 + ["---:"] * 2 + ["---"] + ["---:"] * 5, *map(_row, cells)]
     return head + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _row(cell: dict[str, Any]) -> list[str]:
-    start = [cell["what"], cell["mode"], str(cell["batch"]), str(cell["context"]), cell["form"]]
+    start = [cell["what"], cell["mode"], str(cell["batch"]), str(cell["context"]), _name(cell)]
     if "error" in cell:
         return [*start, cell["error"], *["not run"] * 4]
     speedup = "not run" if cell["speedup"] is None else f"{cell['speedup']:.2f} x"
@@ -69,3 +82,23 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def read(paths: list[Path]) -> list[dict[str, Any]]:
+    """What :func:`benchmarks.infer.run` returned, from its lines; a cell measured again counts once, the later time."""
+    merged: dict[str, dict[str, Any]] = {}
+    for line in (line for path in paths for line in path.read_text().splitlines()):
+        found = json.loads(line)
+        cell, case = found.pop("cell"), found["case"]
+        key = json.dumps([*(found[name] for name in SAME), case["shape"], case["model"], case["dtype"]])
+        cells = merged.setdefault(key, {**found, "cells": {}})["cells"]
+        cells[tuple(cell.get(name) for name in ("form", "pairs", "what", *KEY))] = cell
+    runs = [{**found, "cells": list(found["cells"].values())} for found in merged.values()]
+    for found in runs:
+        compare(found["cells"])
+    return runs
+
+
+if __name__ == "__main__":
+    everything = read([Path(name) for name in sys.argv[1:]])
+    print("\n\n".join(map(table, everything)), json.dumps(everything), sep="\n\n")

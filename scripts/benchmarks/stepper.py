@@ -30,8 +30,9 @@ class Stepper:
         self.cache: Any = DynamicCache() if mode == "eager" else StaticCache(model.config, max_cache_len=self.length)
         self._fill(batch, model.dtype, where)
         self.step: Callable[[], Any] = self.eager_step
-        if mode == "compile":
+        if mode in ("compile", "tuned"):
             torch._dynamo.reset()  # each size is a graph of its own
+            torch._inductor.config.coordinate_descent_tuning = mode == "tuned"
             self.forward = torch.compile(model.forward, **COMPILE)
         if mode == "graph":
             self._capture()
@@ -84,14 +85,24 @@ def _local_bytes(tensor: Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def kernels(step: Callable[[], Any], most: int = 12) -> dict[str, float]:
-    """Where the time of one step goes: ms by kernel, the longest first."""
+def kernels(step: Callable[[], Any], most: int = 12) -> dict[str, Any]:
+    """Where the time of one step goes on the device: ms in all-reduces (waiting for other ranks included) and how many
+    there are, ms in all other kernels, and the longest kernels."""
     with torch.profiler.profile() as profile:
         step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    rows = [(event.key[:80], event.self_device_time_total / 1e3) for event in profile.key_averages()]
-    return dict(sorted(rows, key=lambda row: -row[1])[:most])
+    on_device = [event for event in profile.key_averages() if event.device_type != torch.autograd.DeviceType.CPU]
+    on_device = [event for event in on_device if not event.key.startswith("##")]  # of compiled code: a span, no kernel
+    reduces = [event for event in on_device if "nccl" in event.key.lower()]
+    spent = {name: sum(e.self_device_time_total for e in of) / 1e3 for name, of in (("a", on_device), ("r", reduces))}
+    longest = sorted(((event.key[:80], event.self_device_time_total / 1e3) for event in on_device), key=lambda r: -r[1])
+    return {
+        "all_reduces": sum(event.count for event in reduces),
+        "all_reduce_ms": spent["r"],
+        "other_kernels_ms": spent["a"] - spent["r"],
+        "kernels_ms": dict(longest[:most]),
+    }
 
 
 def timed(step: Callable[[], Any], repeats: int, where: torch.device, warmup: int = WARMUP) -> float:
