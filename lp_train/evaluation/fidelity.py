@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lp_train.cluster.preemption import stop_if_asked
 from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.distill.replay import run_original, run_suffix
 from lp_train.pairing import plan_of
@@ -139,6 +140,7 @@ def measure(
     batches = list(shared_out(len(rows), batch_size, rank, world_size))
     with evaluating(model):
         for indices, counts in tqdm(batches, desc="measuring", disable=rank > 0 or len(batches) < 4, leave=False):
+            stop_if_asked()
             batch = {name: tensor.to(where) for name, tensor in collate([rows[i] for i in indices]).items()}
             row_of = batch["trained"] // batch["labels"].shape[1] + indices.start
             with autocast():
