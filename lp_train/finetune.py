@@ -44,7 +44,7 @@ from lp_train.distill import fp8
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.callbacks import Console, MetricsFile
 from lp_train.distill.compiled import choose_engine
-from lp_train.distill.trainer import PairedTrainer, TrainingDiverged, peak_memory_gib
+from lp_train.distill.trainer import CheckpointNotSaved, PairedTrainer, TrainingDiverged, peak_memory_gib
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError
 from lp_train.evaluation import report as reports
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if options.debug:
             raise
-        if isinstance(error, TrainingDiverged):  # the progress bar has left its line open
+        if isinstance(error, TrainingDiverged | CheckpointNotSaved):  # the progress bar has left its line open
             print(file=sys.stderr)
         print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
         return 2

@@ -47,7 +47,7 @@ def until(process: subprocess.Popen[str], line: str) -> str:
 
 def ends(processes: Sequence[subprocess.Popen[str]]) -> tuple[list[int], str]:
     """Exit codes and the rest of the output."""
-    output = "".join(process.communicate(timeout=240)[0] for process in processes)
+    output = "".join(process.communicate(timeout=600)[0] for process in processes)
     return [process.returncode for process in processes], output
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -51,7 +52,8 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 def is_disk_error(error: Exception) -> bool:
     """Whether writing failed for want of room or rights, as the system, safetensors and torch tell it."""
-    return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
+    of_torch = isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|iostream error", str(error))
+    return isinstance(error, OSError | SafetensorError) or of_torch is not None
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -45,6 +45,10 @@ class TrainingDiverged(UserError):
     """The loss is not finite, or far above where it started."""
 
 
+class CheckpointNotSaved(UserError):
+    """No room or no right to write it."""
+
+
 class PairedTrainer(SFTTrainer):
     """Trains a paired model (PEFT or not) on packed rows.
 
@@ -224,7 +228,7 @@ class PairedTrainer(SFTTrainer):
             if not is_disk_error(error):
                 raise
             reason, folder = " ".join(str(error).split()), self.args.output_dir
-            raise UserError(
+            raise CheckpointNotSaved(
                 f"train.output_dir {str(folder)!r}: step {self.state.global_step} cannot be saved ({reason}); make "
                 f"room and go on with --resume; {self._kept()}"
             ) from error
