@@ -166,3 +166,9 @@ def test_twenty_kills_at_random_moments(program: Program) -> None:
         newest = step
     assert {-9, EXIT_PREEMPTED} == set(ended) and 0 < newest < 200
     assert_same_run(program.run("killed", *steps, "--resume"), expected)
+
+
+def test_a_world_of_another_size_than_the_job_is_refused(program: Program) -> None:
+    codes, output = ends(program.start("alone", LP_WORLD_SIZE="2"))
+    assert codes == [2], output
+    assert "error: LP_WORLD_SIZE 2: the job has as many processes, this one sees a world of 1; look at" in output
