@@ -35,14 +35,16 @@ from trl import SFTConfig
 from lp_train import models, track
 from lp_train.adapters import attach, count_parameters, start_from_activations
 from lp_train.bench.flops import peak_flops, step_flops
+from lp_train.cluster import preemption
 from lp_train.cluster.launch import check_engine, keep_freed_memory, leave, quieten_libraries, use_all_cores
+from lp_train.cluster.preemption import EXIT_PREEMPTED, Preempted
 from lp_train.config import Config, config_to_yaml, load_config
 from lp_train.data import Data, RowCollator, build_data
 from lp_train.distill import fp8
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.callbacks import Console, MetricsFile
 from lp_train.distill.compiled import choose_engine
-from lp_train.distill.trainer import PairedTrainer, TrainingDiverged, peak_memory_gib
+from lp_train.distill.trainer import CheckpointNotSaved, PairedTrainer, TrainingDiverged, peak_memory_gib
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError
 from lp_train.evaluation import report as reports
@@ -52,11 +54,12 @@ from lp_train.evaluation.progress import Progress, watched_tasks
 from lp_train.evaluation.runs import write_card
 from lp_train.pairing import PairPlan, in_order, keep_originals, pair_layers
 from lp_train.pairing.families import check_family, decoder_of
-from lp_train.run_folder import check_run_folder, checkpoint_to_resume, open_run_folder
+from lp_train.run_folder import check_run_folder, checkpoint_to_resume, locked, open_run_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the command line, runs, and returns the exit code: 2 for a mistake of the user, told in one line."""
+    """Parses the command line, runs, and returns the exit code: 2 for a mistake of the user, told in one line, and 85
+    where a signal stopped it, to go on with --resume."""
     parser = argparse.ArgumentParser(
         prog="finetune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="draw the plan and the costs; load no weights")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
+    parser.add_argument("--requeue", action="store_true", help="when a signal stops it, queue this Slurm job again")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the run folder")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_intermixed_args(arguments)
@@ -74,10 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if options.debug:
             raise
-        if isinstance(error, TrainingDiverged):  # the progress bar has left its line open
+        if isinstance(error, TrainingDiverged | CheckpointNotSaved):  # the progress bar has left its line open
             print(file=sys.stderr)
         print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
         return 2
+    except Preempted:
+        return EXIT_PREEMPTED
     return 0
 
 
@@ -88,22 +94,34 @@ def run(config: Config, options: argparse.Namespace) -> None:
     check_engine(state)
     use_all_cores(state)
     keep_freed_memory(state)
-    if not options.dry_run:
-        finetune(config, state, options.resume, options.overwrite)
+    if options.dry_run:
+        return dry_run(config, state.num_processes) if state.is_main_process else None
+    try:
+        with preemption.watch(state):
+            finetune(config, state, options.resume or preemption.restarted(), options.overwrite)
+    except Preempted as stopped:
         leave(state)
-    elif state.is_main_process:
-        dry_run(config, state.num_processes)
+        if state.is_main_process:
+            print(f"{stopped}, after the step; {preemption.requeue() if options.requeue else 'go on with --resume'}")
+        raise
+    leave(state)
 
 
 def finetune(config: Config, state: PartialState, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """The whole recipe. Returns the report that it writes to the run folder."""
+    """The whole recipe, in a run folder of its own. Returns the report that it writes there."""
+    with state.local_main_process_first():  # a GGUF model is dequantised by one process
+        plan = check_model(config)
+    folder = check_run_folder(config, resume, overwrite)
+    with locked(folder, state):
+        return recover(config, plan, folder, state, resume)
+
+
+def recover(config: Config, plan: PairPlan, folder: Path, state: PartialState, resume: bool) -> dict[str, Any]:
+    """The recipe, from a configuration to a report."""
     say = functools.partial(print, flush=True) if state.is_main_process else lambda *_: None
 
     # what a user can get wrong is looked at before weights are loaded
-    with state.local_main_process_first():  # a GGUF model is dequantised by one process
-        plan = check_model(config)
     say(f"{config.name}: {config.model.name_or_path}, {plan}")
-    folder = check_run_folder(config, resume, overwrite)
     dtype = models.resolve_dtype(config.model.dtype, state.device)
     report_to = track.report_to(config.track) if state.is_main_process else "none"
     args = training_arguments(config, folder, state, dtype, report_to)
@@ -126,7 +144,7 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     say(f"trains {trainable:,} of {everything:,} parameters")
 
     # all is good: the folder becomes this run's
-    checkpoint = checkpoint_to_resume(folder, model, resume)
+    checkpoint = checkpoint_to_resume(folder, model, state, resume, say)
     open_run_folder(folder, config, state, resume)
     if state.is_main_process:
         track.start(config.track, folder, config.name)
@@ -148,7 +166,7 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
         save_result(model, tokenizer, config, folder)
         write_report(config, folder, report, trainer)
     if config.loss.ce > 0:
-        report["control"] = train_control(plan, args, bench, tokenizer).as_dict()
+        report["control"] = train_control(plan, args, bench, tokenizer, resume).as_dict()
     if state.is_main_process:
         write_report(config, folder, report, trainer)
         track.finish(report, folder)
@@ -229,7 +247,9 @@ def make_trainer(model: nn.Module, args: SFTConfig, bench: Bench, tokenizer: Pre
     return trainer
 
 
-def train_control(plan: PairPlan, args: SFTConfig, bench: Bench, tokenizer: PreTrainedTokenizerBase) -> Fidelity:
+def train_control(
+    plan: PairPlan, args: SFTConfig, bench: Bench, tokenizer: PreTrainedTokenizerBase, resume: bool
+) -> Fidelity:
     """The same training without pairs. Cross-entropy alone also moves the original, which recovery must not count."""
     print("control: the same adapters and data, layers in order", flush=True)
     alone: dict[str, Any] = {
@@ -242,7 +262,8 @@ def train_control(plan: PairPlan, args: SFTConfig, bench: Bench, tokenizer: PreT
     set_seed(args.seed)
     model = build_model(bench.config, plan, bench.state.device)
     with in_order(model):
-        make_trainer(model, args, bench, tokenizer).train()
+        trainer = make_trainer(model, args, bench, tokenizer)
+        trainer.train(checkpoint_to_resume(Path(str(args.output_dir)), model, bench.state, resume))
         return bench.measure(model, {"control": as_it_is})["control"]
 
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import json
 import os
 import shutil
+import socket
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from lp_train.cluster.checkpoint import SAVING, newest_whole
 from lp_train.config import Config, config_to_yaml
 from lp_train.distill.trainer import TOTALS
 from lp_train.errors import UserError
 from lp_train.models import check_stamp
 
 CONFIG = "resolved_config.yaml"  # written first; it marks a folder as ours
-BEFORE_TRAINING = {CONFIG, "wandb_id"}  # all that a run leaves which was stopped before its first step
+LOCK = ".lock"  # there while a process writes the folder
+BEFORE_TRAINING = {CONFIG, LOCK, "wandb_id"}  # all that a run leaves which was stopped before its first step
 
 
 def check_run_folder(config: Config, resume: bool, overwrite: bool) -> Path:
@@ -42,17 +50,56 @@ def check_run_folder(config: Config, resume: bool, overwrite: bool) -> Path:
     return folder
 
 
-def checkpoint_to_resume(folder: Path, model: nn.Module, resume: bool) -> str | None:
-    """The newest whole checkpoint, of this base and plan; None to start from the beginning.
+@contextlib.contextmanager
+def locked(folder: Path, state: PartialState) -> Iterator[None]:
+    """Inside: no other run writes the folder. The lock ends with the process, however that ends.
 
-    ``totals.json`` is the last file of a checkpoint: one without it was being written when the run was killed.
+    Raises:
+        UserError: another run holds it.
     """
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{TOTALS}")] if resume else []
-    if not whole:
+    if not state.is_main_process:
+        yield
+        return
+    path = folder / LOCK
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"train.output_dir {str(folder)!r}: {file.read().strip()} is writing it; wait for it, or name another"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def checkpoint_to_resume(
+    folder: Path, model: nn.Module, state: PartialState, resume: bool, say: Callable[[str], None] = print
+) -> str | None:
+    """The newest whole checkpoint, of this base and plan, the same on all processes; None to start from the beginning.
+
+    Those that are damaged or half written are left out, with a message.
+
+    Raises:
+        UserError: it is of another base, plan, number of processes or engine.
+    """
+    newest = [newest_whole(folder, say) if resume and state.is_main_process else None]
+    broadcast_object_list(newest)
+    if newest[0] is None:
         return None
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-    check_stamp(newest, model)
-    return str(newest)
+    check_stamp(newest[0], model)
+    written_by = json.loads((newest[0] / TOTALS).read_text())["processes"]
+    if written_by != (ours := [state.num_processes, state.distributed_type.value]):
+        was, now = (f"{number} x {engine}" for number, engine in (written_by, ours))
+        raise UserError(
+            f"{newest[0]}: written by processes {was}, this run has {now}; launch it as before, or name another folder"
+        )
+    return str(newest[0])
 
 
 def open_run_folder(folder: Path, config: Config, state: PartialState, resume: bool) -> None:
@@ -64,9 +111,10 @@ def open_run_folder(folder: Path, config: Config, state: PartialState, resume: b
         new, old = (Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder)) for name in ("new", "old"))
         (new / CONFIG).write_text(config_to_yaml(config))
         for path in [] if resume else folder.iterdir():
-            if path not in (new, old):
+            if path not in (new, old, folder / LOCK):
                 path.rename(old / path.name)
         os.replace(new / CONFIG, folder / CONFIG)
         for emptied in (new, old):
             shutil.rmtree(emptied)
+        shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a run that was killed while it saved
     state.wait_for_everyone()

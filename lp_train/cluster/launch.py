@@ -23,8 +23,17 @@ def quieten_libraries() -> None:
 
 
 def check_engine(state: PartialState) -> None:
-    """Refuses engines that this version does not train on, and processes that do not know of each other."""
-    expected, engine = int(os.environ.get("WORLD_SIZE", "1")), state.distributed_type.value
+    """Refuses engines that this version does not train on, and processes that do not know of each other.
+
+    ``LP_WORLD_SIZE`` is the size that a job script expects (``slurm/``), ``WORLD_SIZE`` what the launcher says.
+    """
+    job, engine = os.environ.get("LP_WORLD_SIZE"), state.distributed_type.value
+    if job and int(job) != state.num_processes:
+        raise UserError(
+            f"LP_WORLD_SIZE {job}: the job has as many processes, this one sees a world of {state.num_processes}; "
+            "look at LP_PROCESSES and at accelerate's configuration"
+        )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
     if expected != state.num_processes:
         raise UserError(
             f"WORLD_SIZE {expected}: this process sees a world of {state.num_processes}; on CPUs launch with "

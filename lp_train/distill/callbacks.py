@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,16 @@ class CheckpointEvery(TrainerCallback):
         checkpointed = {i for block, on in blocks for i in block if on}
         for i, layer in enumerate(decoder_of(model).layers):
             layer.gradient_checkpointing = i in checkpointed
+
+
+class EvaluateIfDue(TrainerCallback):
+    """Calls ``evaluate`` when training begins: a resumed run makes the evaluation that a signal cut short."""
+
+    def __init__(self, evaluate: Callable[[], None]) -> None:
+        self.evaluate = evaluate
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluate()
 
 
 class MetricsFile(TrainerCallback):

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import resource
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,14 +15,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
+from lp_train.cluster import checkpoint
+from lp_train.cluster.checkpoint import SAVING, is_disk_error
+from lp_train.cluster.preemption import Preempted, stop_if_asked
 from lp_train.config import LossConfig
 from lp_train.data.rows import IGNORED
-from lp_train.distill.callbacks import CheckpointEvery
+from lp_train.distill.callbacks import CheckpointEvery, EvaluateIfDue
 from lp_train.distill.compiled import Engine, attention, compiled_block
 from lp_train.distill.cuda_graph import GraphedLoss
 from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
@@ -30,12 +37,16 @@ from lp_train.errors import UserError
 from lp_train.pairing.families import decoder_of
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
-TOTALS = "totals.json"  # the last file of a checkpoint: what the Trainer's own state does not count
+TOTALS = "totals.json"  # of a checkpoint: what the Trainer's own state does not count
 RISE = 3.0  # a loss this many times the one of the first log line will not come back
 
 
 class TrainingDiverged(UserError):
     """The loss is not finite, or far above where it started."""
+
+
+class CheckpointNotSaved(UserError):
+    """No room or no right to write it."""
 
 
 class PairedTrainer(SFTTrainer):
@@ -78,6 +89,7 @@ class PairedTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=[*callbacks, CheckpointEvery(checkpoint_every)],
         )
+        self.add_callback(EvaluateIfDue(self.evaluate_if_due))
         for parameter, dtype in zip(trained, dtypes, strict=True):  # TRL rounds the adapters of a 4-bit base to bf16
             parameter.data = parameter.data.to(dtype)
         self.model_accepts_loss_kwargs = True  # our loss divides by the global number of trained tokens itself
@@ -92,6 +104,7 @@ class PairedTrainer(SFTTrainer):
         self._trained_then = 0  # trained tokens at that line
         self.seconds = 0.0  # of training, evaluations left out
         self._last_checkpoint: str | None = None
+        self._evaluation_due = False  # whether this step's evaluation has still to be made
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -145,6 +158,7 @@ class PairedTrainer(SFTTrainer):
         started = time.perf_counter()
         with attention(self.model, self._own_attention):
             found = self.measure().items()
+        self._evaluation_due = False
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found if value is not None}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -191,12 +205,14 @@ class PairedTrainer(SFTTrainer):
         first = next((line["loss"] for line in self.state.log_history if line.get("loss")), loss)
         if math.isfinite(loss) and loss <= RISE * first:
             return
-        kept = f"the last checkpoint is at {self._last_checkpoint}" if self._last_checkpoint else "no checkpoint yet"
         raise TrainingDiverged(
             f"loss {loss:.4g} at step {self.state.global_step} (it began at {first:.4g}): training "
             f"diverged; lower train.learning_rate (now {self.args.learning_rate:g}) or raise train.global_batch_tokens "
-            f"or train.warmup_steps; {kept}"
+            f"or train.warmup_steps; {self._kept()}"
         )
+
+    def _kept(self) -> str:
+        return f"the last checkpoint is at {self._last_checkpoint}" if self._last_checkpoint else "no checkpoint yet"
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -206,13 +222,69 @@ class PairedTrainer(SFTTrainer):
             self._stop_when_diverged(float((self._mean_parts() * weights).sum()))
         if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
             self._stop_when_diverged(math.nan)  # the gradient of a finite loss was not
-        super(SFTTrainer, self)._save_checkpoint(model, trial)  # without TRL's model card: the run's own comes last
-        self._last_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+        try:
+            self._write_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not is_disk_error(error):
+                raise
+            reason, folder = " ".join(str(error).split()), self.args.output_dir
+            raise CheckpointNotSaved(
+                f"train.output_dir {str(folder)!r}: step {self.state.global_step} cannot be saved ({reason}); make "
+                f"room and go on with --resume; {self._kept()}"
+            ) from error
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Aside, and renamed to its place when all processes have written."""
+        folder, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            totals = {"trained_tokens": int(self.trained_tokens), "seconds": self.seconds}
-            target = Path(self._last_checkpoint) / TOTALS
-            (temporary := target.with_suffix(".tmp")).write_text(json.dumps(totals))
-            temporary.rename(target)
+            shutil.rmtree(folder / SAVING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(folder / SAVING)
+        try:
+            super(SFTTrainer, self)._save_checkpoint(model, trial)  # without TRL's model card: the run's own comes last
+        finally:
+            self.args.output_dir = str(folder)
+        self.accelerator.wait_for_everyone()
+        self._last_checkpoint = str(folder / name)
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = self._last_checkpoint
+        if self.args.should_save:
+            self._publish(folder / SAVING / name, folder / name)
+        self.accelerator.wait_for_everyone()
+
+    def _publish(self, written: Path, target: Path) -> None:
+        self.state.save_to_json(str(written / TRAINER_STATE_NAME))  # again: with the best checkpoint in its place
+        totals = {
+            "trained_tokens": int(self.trained_tokens),
+            "seconds": self.seconds,
+            "evaluation_due": self._evaluation_due,
+            "processes": [self.accelerator.num_processes, self.accelerator.distributed_type.value],
+        }
+        (written / TOTALS).write_text(json.dumps(totals))
+        checkpoint.publish(written, target)
+        written.parent.rmdir()
+        rotate_checkpoints(str(target.parent), self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Tensor, grad_norm: Any, model: nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """A step's end: a signal stops here, with a checkpoint of this step. One that comes in the middle of the step's
+        evaluation leaves it to the resumed run."""
+        try:
+            self._evaluation_due = self.control.should_evaluate
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+            stop_if_asked()
+        except Preempted:
+            if not str(self._last_checkpoint).endswith(f"checkpoint-{self.state.global_step}"):
+                self._save_checkpoint(model, trial)
+            raise
+
+    def evaluate_if_due(self) -> None:
+        """The evaluation that a signal cut short in the run that this one goes on from."""
+        if self._evaluation_due:
+            if self._determine_best_metric(self.evaluate(), None):
+                self.state.best_model_checkpoint = self._last_checkpoint
+            self._evaluation_due = False
 
     @property
     def result_step(self) -> int:
@@ -224,6 +296,7 @@ class PairedTrainer(SFTTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._last_checkpoint = resume_from_checkpoint
         totals = json.loads((Path(resume_from_checkpoint) / TOTALS).read_text())
+        self._evaluation_due = totals.get("evaluation_due", False)
         self.trained_tokens += totals["trained_tokens"]
         self._trained_then = totals["trained_tokens"]
         self.seconds += totals["seconds"]

@@ -17,6 +17,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lp_train.cluster.preemption import stop_if_asked
+from lp_train.cluster.shard import inside
 from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.distill.replay import run_original, run_suffix
 from lp_train.pairing import plan_of
@@ -139,10 +141,11 @@ def measure(
     batches = list(shared_out(len(rows), batch_size, rank, world_size))
     with evaluating(model):
         for indices, counts in tqdm(batches, desc="measuring", disable=rank > 0 or len(batches) < 4, leave=False):
+            stop_if_asked()
             batch = {name: tensor.to(where) for name, tensor in collate([rows[i] for i in indices]).items()}
             row_of = batch["trained"] // batch["labels"].shape[1] + indices.start
             with autocast():
-                figures, drifts = _figures(model, batch, variants)
+                figures, drifts = inside(model, _figures, model, batch, variants)
             for name in names if counts else ():
                 of_rows, of_cells, of_pairs = sums[name]
                 of_rows.index_add_(0, row_of, figures[name])

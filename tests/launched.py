@@ -1,0 +1,85 @@
+"""The real program as processes of the test's own, so that each can be signalled and has its own exit code."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from tiny_run import save_model, write_config, write_text
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(command: Sequence[str], processes: int = 1, **environment: str) -> list[subprocess.Popen[str]]:
+    """``command`` as ranks of one world on gloo, as a launcher would start them; output goes to pipes."""
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for rank in range(processes):
+        ranked = {**env, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else env
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen([sys.executable, *command], env=ranked, **pipes))
+    return started
+
+
+def until(process: subprocess.Popen[str], line: str) -> str:
+    """Reads the output up to a line that starts so; returns what was read. Fails where the process ends before."""
+    assert process.stdout is not None
+    read = []
+    for read_line in process.stdout:
+        read.append(read_line)
+        if read_line.startswith(line):
+            return "".join(read)
+    raise AssertionError(f"ended without {line!r}:\n{''.join(read)}")
+
+
+def ends(processes: Sequence[subprocess.Popen[str]]) -> tuple[list[int], str]:
+    """Exit codes and the rest of the output."""
+    output = "".join(process.communicate(timeout=600)[0] for process in processes)
+    return [process.returncode for process in processes], output
+
+
+class Program:
+    """``lp_train/finetune.py`` on a tiny model and text in ``folder``."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast, *options: str) -> None:
+        self.folder, self.options = folder, options
+        model, text = save_model(folder / "model", tokenizer), write_text(folder / "text.jsonl", 160)
+        self.config = write_config(folder / "tiny.yaml", model, text)
+
+    def start(self, name: str, *arguments: str, processes: int = 1, **environment: str) -> list[subprocess.Popen[str]]:
+        output = f"train.output_dir={self.folder / name}"
+        command = [str(ROOT / "lp_train" / "finetune.py"), str(self.config), output, *self.options, *arguments]
+        return start(command, processes, **environment)
+
+    def run(self, name: str, *arguments: str, processes: int = 1, **environment: str) -> Path:
+        codes, output = ends(self.start(name, *arguments, processes=processes, **environment))
+        assert codes == [0] * processes, output
+        return self.folder / name
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """By step; of a step that was made twice the later one."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def evaluations(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return {line["step"]: line["eval_kl"] for line in lines if "eval_kl" in line}

@@ -1,0 +1,174 @@
+"""Signals, kills and what is left of them: the real program, ended at any moment, comes to the same result."""
+
+import json
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from launched import Program, ends, evaluations, losses, until, weights
+from tiny_trainer import assert_same_weights
+from transformers import PreTrainedTokenizerFast
+
+from lp_train.cluster import checkpoint
+from lp_train.cluster.checkpoint import MANIFEST, damage, newest_whole
+from lp_train.cluster.preemption import EXIT_PREEMPTED
+
+pytestmark = pytest.mark.slow
+OPTIONS = ("train.max_steps=12", "train.eval_steps=3", "train.save_steps=2", "train.per_device_train_batch_size=1")
+DROPOUT = "lora.lora_dropout=0.1"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Program:
+    return Program(tmp_path_factory.mktemp("preemption"), tiny_tokenizer, *OPTIONS, DROPOUT)
+
+
+@pytest.fixture(scope="module")
+def whole(program: Program) -> Path:
+    return program.run("whole")
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Bitwise: weights, the loss of each step and the figures of each evaluation."""
+    assert_same_weights(weights(ours), weights(theirs), 0)
+    assert losses(ours) == losses(theirs)
+    assert evaluations(ours) == evaluations(theirs)
+
+
+@pytest.mark.parametrize(
+    ("number", "processes"), [(signal.SIGKILL, 1), (signal.SIGUSR1, 1), (signal.SIGKILL, 2), (signal.SIGTERM, 2)]
+)
+def test_a_run_that_was_ended_goes_on_bitwise(
+    program: Program, request: pytest.FixtureRequest, number: signal.Signals, processes: int
+) -> None:
+    """Of two processes only one gets the signal; both stop at the same step."""
+    if processes == 1:
+        expected = request.getfixturevalue("whole")
+    elif not (expected := program.folder / "whole2").exists():
+        program.run("whole2", processes=2)
+    name = f"{number.name}{processes}"
+    started = program.start(name, processes=processes)
+    until(started[0], "step 5/12")
+    targets = started if number == signal.SIGKILL else started[-1:]
+    for process in targets:
+        process.send_signal(number)
+    codes, output = ends(started)
+    assert codes == [-9 if number == signal.SIGKILL else EXIT_PREEMPTED] * processes, output
+    assert not (program.folder / name / "report.json").exists()
+    assert_same_run(program.run(name, "--resume", processes=processes), expected)
+
+
+def test_a_signal_in_an_evaluation_leaves_it_to_the_next_run(program: Program, whole: Path) -> None:
+    """Rows enough that the evaluation after step 3 is under way when the signal comes."""
+    long = ("evaluate.tokens=3000", "evaluate.batch_size=1", "evaluate.generation_prompts=0", "train.save_steps=12")
+    expected = program.run("long", *long)
+    (started,) = program.start("cut", *long)
+    until(started, "step 3/12")
+    started.send_signal(signal.SIGTERM)
+    codes, output = ends([started])
+    assert codes == [EXIT_PREEMPTED], output
+    folder = program.folder / "cut"
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert json.loads((folder / "checkpoint-3" / "totals.json").read_text())["evaluation_due"]
+    assert not evaluations(folder)
+    assert_same_run(program.run("cut", "--resume", *long), expected)
+
+
+def test_a_restarted_slurm_job_resumes_by_itself_and_overwrites_nothing(program: Program, whole: Path) -> None:
+    (started,) = program.start("requeued", "--overwrite", "--requeue")
+    until(started, "step 5/12")
+    started.send_signal(signal.SIGUSR1)
+    codes, output = ends([started])
+    assert codes == [EXIT_PREEMPTED] and "no Slurm job here" in output
+    folder = program.run("requeued", "--overwrite", SLURM_RESTART_COUNT="1")
+    assert_same_run(folder, whole)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line].count(1) == 1
+
+
+def test_damaged_and_half_written_checkpoints_are_left_out(program: Program, whole: Path) -> None:
+    (started,) = program.start("damaged", "train.save_total_limit=20")
+    until(started, "step 9/12")
+    started.kill()
+    ends([started])
+    folder = program.folder / "damaged"
+    (folder / "checkpoint-8" / "optimizer.pt").write_bytes((folder / "checkpoint-8" / "optimizer.pt").read_bytes()[:-1])
+    scheduler = folder / "checkpoint-6" / "adapter_model.safetensors"
+    scheduler.write_bytes(scheduler.read_bytes()[:-1] + b"?")
+    (folder / "checkpoint-4" / MANIFEST).unlink()
+    codes, output = ends(program.start("damaged", "--resume", "train.save_total_limit=20"))
+    assert codes == [0], output
+    for line in (
+        "checkpoint-8 is left out: optimizer.pt is damaged",
+        "checkpoint-6 is left out: adapter_model.safetensors is damaged",
+        f"checkpoint-4 is left out: {MANIFEST} is missing",
+    ):
+        assert line in output
+    assert_same_run(folder, whole)
+    assert newest_whole(folder, print) == folder / "checkpoint-12"
+    assert not [path.name for path in folder.glob("checkpoint-*") if damage(path)]  # made anew
+
+
+def test_another_number_of_processes_is_refused(program: Program, whole: Path) -> None:
+    before = sorted(path.name for path in whole.rglob("*"))
+    codes, output = ends(program.start("whole", "--resume", processes=2))
+    assert codes == [2, 2], output
+    assert "checkpoint-12: written by processes 1 x NO, this run has 2 x MULTI_CPU; launch it as before" in output
+    assert sorted(path.name for path in whole.rglob("*")) == before
+
+
+def test_two_runs_in_one_folder(program: Program) -> None:
+    (first,) = program.start("shared", "train.max_steps=100000")
+    until(first, "step 2/")
+    codes, output = ends(program.start("shared", "--resume"))
+    assert codes == [2]
+    assert f"process {first.pid} on " in output and "is writing it; wait for it, or name another" in output
+    first.send_signal(signal.SIGTERM)
+    codes, output = ends([first])
+    assert codes == [EXIT_PREEMPTED], output
+    assert not (program.folder / "shared" / ".lock").exists()
+
+
+def test_a_full_disk_while_saving(program: Program, whole: Path) -> None:
+    """The limit is the size of a file: the base has been read, the optimizer's state is too long."""
+    (started,) = program.start("full", "train.save_total_limit=20")
+    until(started, "step 3/12")
+    limit = (program.folder / "full" / "checkpoint-2" / "optimizer.pt").stat().st_size - 1
+    resource.prlimit(started.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    codes, output = ends([started])
+    assert codes == [2], output
+    folder = program.folder / "full"
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "cannot be saved" in line and "make room and go on with --resume; the last checkpoint is at" in line
+    assert newest_whole(folder, print) == max(folder.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    assert_same_run(program.run("full", "--resume", "train.save_total_limit=20"), whole)
+
+
+def test_twenty_kills_at_random_moments(program: Program) -> None:
+    steps = ("train.max_steps=200", "train.eval_steps=5", "train.save_steps=3", "evaluate.batch_size=2")
+    expected, folder, draw = program.run("unkilled", *steps), program.folder / "killed", random.Random(0)
+    newest, ended = -1, []
+    for kill in range(20):
+        (started,) = program.start("killed", *steps, *(["--resume"] if kill else []))
+        until(started, "held-out nll")
+        time.sleep(draw.uniform(0, 1))
+        started.send_signal(draw.choice([signal.SIGTERM, signal.SIGKILL]))
+        codes, output = ends([started])
+        ended += codes
+        assert codes[0] in (-9, EXIT_PREEMPTED), output
+        whole = newest_whole(folder, print)
+        step = int(whole.name.rpartition("-")[2]) if whole else -1
+        assert step >= newest, output
+        assert not [path.name for path in folder.glob("checkpoint-*") if checkpoint.damage(path)]
+        newest = step
+    assert {-9, EXIT_PREEMPTED} == set(ended) and 0 < newest < 200
+    assert_same_run(program.run("killed", *steps, "--resume"), expected)
+
+
+def test_a_world_of_another_size_than_the_job_is_refused(program: Program) -> None:
+    codes, output = ends(program.start("alone", LP_WORLD_SIZE="2"))
+    assert codes == [2], output
+    assert "error: LP_WORLD_SIZE 2: the job has as many processes, this one sees a world of 1; look at" in output
