@@ -50,9 +50,11 @@ from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
 from lp_train.evaluation.progress import Progress, watched_tasks
 from lp_train.evaluation.runs import write_card
-from lp_train.pairing import PairPlan, in_order, keep_originals, pair_layers
+from lp_train.pairing import AutoPairs, PairPlan, in_order, keep_originals, pair_layers
 from lp_train.pairing.families import check_family, decoder_of
 from lp_train.run_folder import check_run_folder, checkpoint_to_resume, open_run_folder
+from lp_train.selection.calibration import default_tokens
+from lp_train.selection.choose import choose_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,8 +103,8 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
 
     # what a user can get wrong is looked at before weights are loaded
     with state.local_main_process_first():  # a GGUF model is dequantised by one process
-        plan = check_model(config)
-    say(f"{config.name}: {config.model.name_or_path}, {plan}")
+        plan = check_plan(config)
+    say(f"{config.name}: {config.model.name_or_path}, {plan or config.plan.pairs}")
     folder = check_run_folder(config, resume, overwrite)
     dtype = models.resolve_dtype(config.model.dtype, state.device)
     report_to = track.report_to(config.track) if state.is_main_process else "none"
@@ -112,6 +114,7 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     with state.main_process_first():
         data = load_data(config, args, tokenizer)
     say(f"data: {data.stats}")
+    config, plan = choose_plan(config, plan, data.calibration, tokenizer, state, say)
     watch = watched_tasks(config, tokenizer, dtype)
 
     # the model in pairs, with something to train in them
@@ -162,8 +165,20 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
+def check_plan(config: Config) -> PairPlan | None:
+    """The plan, or None where one is to be chosen, checked against the model's published configuration."""
+    if (wanted := AutoPairs.parse(config.plan.pairs)) is None:
+        return check_model(config)
+    wanted.count(check_base(config))
+    return None
+
+
 def check_model(config: Config) -> PairPlan:
-    """The plan, checked against the model's published configuration."""
+    return PairPlan.parse(config.plan.pairs, num_layers=check_base(config))
+
+
+def check_base(config: Config) -> int:
+    """The number of the base's layers, from its published configuration."""
     model_config = models.load_model_config(config.model).get_text_config()
     family, attention = check_family(model_config.model_type), config.model.attn_implementation
     if attention in family.wrong_attention:
@@ -173,7 +188,7 @@ def check_model(config: Config) -> PairPlan:
         )
     if config.model.quantization:
         models.require_bitsandbytes()
-    return PairPlan.parse(config.plan.pairs, num_layers=model_config.num_hidden_layers)
+    return model_config.num_hidden_layers
 
 
 def load_data(config: Config, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -185,6 +200,7 @@ def load_data(config: Config, args: SFTConfig, tokenizer: PreTrainedTokenizerBas
         eval_tokens=config.evaluate.tokens,
         kd_on=config.loss.kd_on,
         seed=args.seed,
+        calibration_tokens=default_tokens(models.device()) if AutoPairs.parse(config.plan.pairs) else 0,
     )
 
 

@@ -1,5 +1,6 @@
 """Sweep and greedy choice against plans evaluated one by one, and what is kept of them."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,8 @@ def test_every_window_costs_what_its_evaluation_says(family: str, algebra: str) 
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(2, 9), st.data())
 def test_windows_of_any_depth(layers: int, data: st.DataObject) -> None:
-    model = CASES["llama"].config(
-        **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24}, num_hidden_layers=layers
-    )
-    torch.manual_seed(layers)
-    from transformers import AutoModelForCausalLM
-
-    stack = AutoModelForCausalLM.from_config(model).eval()
+    case = CASES["llama"]
+    stack = dataclasses.replace(case, options={**case.options, "num_hidden_layers": layers}).model(seed=layers)
     found = sweep(calibration_of(stack))
     start, pairs = data.draw(st.sampled_from(windows(layers)))
     expected = cost_of(stack, f"{start}:{start + 2 * pairs}", "lp")

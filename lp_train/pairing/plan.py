@@ -132,7 +132,7 @@ class AutoPairs:
 
 def _read_window(spec: str, num_layers: int) -> list[tuple[int, int]]:
     if spec.strip().startswith(AUTO):
-        raise _Wrong(f"pairs are chosen when a run starts, whose resolved_config.yaml then has them; else {FORMS}")
+        raise _Wrong(f"pairs are chosen when a run starts, whose resolved_config.yaml then has them; else give {FORMS}")
     match = re.fullmatch(r"(\d+):(\d+)", spec.strip())
     if match is None:
         raise _Wrong(f"not understood; give {FORMS}")

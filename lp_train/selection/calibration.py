@@ -69,6 +69,16 @@ class Calibration:
     def folder(self) -> Path:
         return store.folder_of(self.about)
 
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """What :meth:`keep` wrote under this name, of the first process's disk, on every process."""
+        found = [store.read(self.folder / f"{name}.json", self.about) if self.state.is_main_process else None]
+        broadcast_object_list(found)
+        return found[0]
+
+    def keep(self, name: str, content: dict[str, Any]) -> None:
+        if self.state.is_main_process:
+            store.write(self.folder / f"{name}.json", self.about, content)
+
     def batches(self) -> list[range]:
         starts = range(0, len(self.rows), self.batch_size)
         return [range(start, min(start + self.batch_size, len(self.rows))) for start in starts]
@@ -87,7 +97,7 @@ class Calibration:
             UserError: NaN or infinite values in the original's layers or in the result.
         """
         parts = self.folder / f"{name}.parts"
-        done = {span: found for span in self.batches() if keep and (found := self._kept(parts, span)) is not None}
+        done = {span: found for span in self.batches() if keep and (found := self._part_of(parts, span)) is not None}
         kept = [sorted(done, key=lambda span: span.start)]
         broadcast_object_list(kept)  # the first process's disk decides, where each has its own
         todo = [span for span in self.batches() if span not in kept[0]]
@@ -108,7 +118,7 @@ class Calibration:
     def _part(self, parts: Path, span: range) -> Path:
         return parts / f"rows-{span.start:05d}-{span.stop:05d}.json"
 
-    def _kept(self, parts: Path, span: range) -> Tensor | None:
+    def _part_of(self, parts: Path, span: range) -> Tensor | None:
         content = store.read(self._part(parts, span), self.about)
         return None if content is None else torch.tensor(content["sums"], dtype=torch.float64)
 

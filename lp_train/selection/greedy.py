@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lp_train.errors import UserError
 from lp_train.pairing import AutoPairs
-from lp_train.selection import store
 from lp_train.selection.calibration import Calibration
 from lp_train.selection.stack import Stack, blocks_of
 
@@ -42,12 +41,13 @@ def greedy(calibration: Calibration, wanted: AutoPairs) -> list[Step]:
     Raises:
         UserError: more pairs than there is room for, a limit that one pair already breaks, NaN or infinite values.
     """
-    count, path = wanted.count(calibration.num_layers), _kept(calibration)
+    count, kept = wanted.count(calibration.num_layers), calibration.kept("greedy") or {"path": []}
+    path = [Step.from_dict(step) for step in kept["path"]]
     while (len(path) < count) if count else (not path or path[-1].kl <= wanted.limit):
         if not (candidates := _candidates([step.first for step in path], calibration.num_layers)):
             break
         path.append(_next(calibration, path, candidates))
-        _keep(calibration, path)
+        calibration.keep("greedy", {"path": [asdict(step) for step in path]})
     if count is None:
         return _within(path, wanted.limit)
     if len(path) < count:
@@ -97,13 +97,3 @@ def _states(stack: Stack, chosen: Sequence[int]) -> dict[int, Tensor]:
         states[block[0]] = hidden
         hidden = stack.run([block], hidden)
     return states
-
-
-def _kept(calibration: Calibration) -> list[Step]:
-    content = store.read(calibration.folder / "greedy.json", calibration.about)
-    return [] if content is None else [Step.from_dict(step) for step in content["path"]]
-
-
-def _keep(calibration: Calibration, path: list[Step]) -> None:
-    if calibration.state.is_main_process:
-        store.write(calibration.folder / "greedy.json", calibration.about, {"path": [asdict(step) for step in path]})

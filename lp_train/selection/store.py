@@ -59,10 +59,8 @@ def write(file: Path, made_for: dict[str, Any], content: dict[str, Any]) -> None
     temporary.replace(file)
 
 
-def read(file: Path, made_for: dict[str, Any], keys: tuple[str, ...] = ()) -> dict[str, Any] | None:
+def read(file: Path, made_for: dict[str, Any]) -> dict[str, Any] | None:
     """What :func:`write` wrote; None if there is nothing.
-
-    ``keys``: of the facts, those that must be the same; all of them without.
 
     Raises:
         UserError: not written by :func:`write`, or made for another model, other text and so on.
@@ -74,9 +72,9 @@ def read(file: Path, made_for: dict[str, Any], keys: tuple[str, ...] = ()) -> di
         found = content["about"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: not a file of figures; delete it, and they are made again") from None
-    for key in keys or made_for:
+    for key in made_for:
         if found.get(key) != made_for[key]:
             other = NAMES.get(key, f"another {key}")
             differs = f"made for {other} ({found.get(key)}, this is {made_for[key]})"
-            raise UserError(f"{file}: {differs}; delete it, or name another folder")
+            raise UserError(f"{file}: {differs}; delete it, and it is made again")
     return content

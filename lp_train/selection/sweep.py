@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lp_train.selection import store
 from lp_train.selection.calibration import Calibration
 from lp_train.selection.stack import Stack
 
@@ -61,14 +60,13 @@ def sweep(calibration: Calibration) -> Sweep:
     Raises:
         UserError: NaN or infinite values; kept figures of another model.
     """
-    file, layers = calibration.folder / "sweep.json", calibration.num_layers
-    if content := store.read(file, calibration.about):
+    layers = calibration.num_layers
+    if content := calibration.kept("sweep"):
         return Sweep.from_dict(content)
     sums = calibration.total(_all_windows, layers, "sweep", keep=True) / calibration.tokens
     costs = [Cost(nll, kl) for nll, kl in sums.tolist()]
     found = Sweep(layers, calibration.tokens, costs[0].nll, dict(zip(windows(layers), costs[1:], strict=True)))
-    if calibration.state.is_main_process:
-        store.write(file, calibration.about, found.as_dict())
+    calibration.keep("sweep", found.as_dict())
     return found
 
 
