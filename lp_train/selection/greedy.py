@@ -22,11 +22,11 @@ AT_A_TIME = 16  # candidates whose final states exist together
 
 @dataclass(frozen=True)
 class Step:
-    """The pair (``first``, ``first`` + 1) joined the plan; ``nll`` and ``kl`` of the whole plan then, nats per token.
-    ``candidates``: the KL that each possible pair would have led to, by its first layer."""
+    """The pair (``first``, ``first`` + 1) joined the plan. Of the whole plan then, nats per token: ``gap``, its NLL less
+    the original's, and ``kl``. ``candidates``: the KL that each possible pair would have led to, by its first layer."""
 
     first: int
-    nll: float
+    gap: float
     kl: float
     candidates: dict[int, float]
 
@@ -76,16 +76,17 @@ def _next(calibration: Calibration, path: list[Step], candidates: list[int]) -> 
     chosen = [step.first for step in path]
 
     def measure(stack: Stack) -> Iterator[Tensor]:
+        yield stack.sums([stack.select(stack.states[-1])])
         states = _states(stack, chosen)
         for i in range(0, len(candidates), AT_A_TIME):
             some = candidates[i : i + AT_A_TIME]
             yield stack.sums([stack.finish([*chosen, k], k, states[k]) for k in some])
 
-    pieces = -(-len(candidates) // AT_A_TIME)
-    means = calibration.total(measure, pieces, f"pair {len(path) + 1}") / calibration.tokens
-    best = int(torch.argmin(means[:, 1]))
-    nll, kl = means[best].tolist()
-    return Step(candidates[best], nll, kl, dict(zip(candidates, means[:, 1].tolist(), strict=True)))
+    pieces = 1 - (-len(candidates) // AT_A_TIME)
+    original, *means = calibration.total(measure, pieces, f"pair {len(path) + 1}") / calibration.tokens
+    nlls, kls = torch.stack(means).T.tolist()
+    best = kls.index(min(kls))
+    return Step(candidates[best], nlls[best] - float(original[0]), kls[best], dict(zip(candidates, kls, strict=True)))
 
 
 def _states(stack: Stack, chosen: Sequence[int]) -> dict[int, Tensor]:

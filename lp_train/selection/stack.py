@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lp_train.distill.losses import Head, rows_per_chunk
@@ -81,11 +80,11 @@ class Stack:
         rows = rows_per_chunk(original.device)
         for start in range(0, len(self.labels), rows):
             chunk = slice(start, start + rows)
-            log_p, labels = F.log_softmax(self.head.logits(original[chunk]), -1), self.labels[chunk, None]
+            log_p, labels = self.head.log_probabilities(original[chunk]), self.labels[chunk, None]
             p = log_p.exp()
             negative_entropy = log_p.mul_(p).sum(-1)
             for i, states in enumerate(finals):
-                log_q = F.log_softmax(self.head.logits(states[chunk]), -1)
+                log_q = self.head.log_probabilities(states[chunk])
                 nll = -log_q.gather(1, labels)[:, 0]
                 kl = negative_entropy - log_q.mul_(p).sum(-1)
                 found[i] += torch.stack([nll, kl]).double().sum(1)

@@ -59,8 +59,8 @@ def write(file: Path, made_for: dict[str, Any], content: dict[str, Any]) -> None
     temporary.replace(file)
 
 
-def read(file: Path, made_for: dict[str, Any]) -> dict[str, Any] | None:
-    """What :func:`write` wrote; None if there is nothing.
+def read(file: Path, made_for: dict[str, Any], *keys: str) -> dict[str, Any] | None:
+    """What :func:`write` wrote; None if there is nothing. ``keys``: the facts that must be the same, without any all.
 
     Raises:
         UserError: not written by :func:`write`, or made for another model, other text and so on.
@@ -72,9 +72,9 @@ def read(file: Path, made_for: dict[str, Any]) -> dict[str, Any] | None:
         found = content["about"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: not a file of figures; delete it, and they are made again") from None
-    for key in made_for:
+    for key in keys or made_for:
         if found.get(key) != made_for[key]:
             other = NAMES.get(key, f"another {key}")
             differs = f"made for {other} ({found.get(key)}, this is {made_for[key]})"
-            raise UserError(f"{file}: {differs}; delete it, and it is made again")
+            raise UserError(f"{file}: {differs}; delete it, or name another folder")
     return content

@@ -63,14 +63,14 @@ def sweep(calibration: Calibration) -> Sweep:
     layers = calibration.num_layers
     if content := calibration.kept("sweep"):
         return Sweep.from_dict(content)
-    sums = calibration.total(_all_windows, layers, "sweep", keep=True) / calibration.tokens
+    sums = calibration.total(all_windows, layers, "sweep", keep=True) / calibration.tokens
     costs = [Cost(nll, kl) for nll, kl in sums.tolist()]
     found = Sweep(layers, calibration.tokens, costs[0].nll, dict(zip(windows(layers), costs[1:], strict=True)))
     calibration.keep("sweep", found.as_dict())
     return found
 
 
-def _all_windows(stack: Stack) -> Iterator[Tensor]:
+def all_windows(stack: Stack) -> Iterator[Tensor]:
     """NLL and KL of the original, then of the windows of each start: [windows, 2] each."""
     yield stack.sums([stack.select(stack.states[-1])])
     for start in range(stack.num_layers - 1):

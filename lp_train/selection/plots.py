@@ -1,0 +1,103 @@
+"""The plots of a choice: what windows cost by position and length, and the greedy path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lp_train.evaluation.plots import INK, PAGE, PAIRED, RECOVERED, STYLES
+from lp_train.selection.greedy import Step
+from lp_train.selection.sweep import Sweep
+
+WIDTH, FLOOR = 7.2, 1e-3  # inches; nats per token below which differences are noise
+COLOURS = "cividis_r"  # dark is dear: one hue's lightness, also for the colour-blind
+Grid = Mapping[tuple[int, int], float]  # by (start, length)
+
+
+def heat_map(swept: Sweep) -> Figure:
+    """NLL and KL of every window: position to the right, length upwards, on one logarithmic scale."""
+    grids = {
+        "NLL above the original": {place: cost.nll - swept.original_nll for place, cost in swept.costs.items()},
+        "KL to the original": {place: cost.kl for place, cost in swept.costs.items()},
+    }
+    figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
+    axes = list(figure.subplots(2, 1))
+    for axis, (title, grid) in zip(axes, grids.items(), strict=True):
+        _draw(axis, grid, _scale(grids))
+        for length, start in _cheapest(grid).items():
+            axis.plot(start, length, marker="o", ms=5, mfc=PAIRED, mec=INK, mew=0.8)
+            text = f"{grid[start, length]:.2f}"
+            axis.annotate(text, (swept.num_layers - 0.7, length), va="center", fontsize=8, annotation_clip=False)
+        axis.set(title=title, ylabel="pairs in the window")
+        axis.text(swept.num_layers - 0.7, max(n for _, n in grid) + 0.9, "best", fontsize=8, va="center")
+    axes[-1].set_xlabel("first layer of the window")
+    figure.colorbar(axes[0].collections[0], ax=axes, label="nats per token", pad=0.09, shrink=0.7)
+    return figure
+
+
+def intervention_map(found: Mapping[str, Grid]) -> Figure:
+    """NLL above the original of every window, one panel for each kind of intervention, on one logarithmic scale."""
+    figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
+    axes = figure.subplots(3, 2).flatten()
+    for axis, (kind, grid) in zip(axes, found.items(), strict=False):
+        _draw(axis, grid, _scale(found))
+        axis.set(title=kind, xlabel="first layer", ylabel="layers in the window")
+    lines = axes[len(found)]
+    for kind, grid in found.items():
+        best = _cheapest(grid)
+        lines.plot(list(best), [max(grid[start, n], FLOOR) for n, start in best.items()], marker=".", label=kind)
+    lines.set(
+        title="cheapest window of each length", xlabel="layers in the window", ylabel="nats per token", yscale="log"
+    )
+    lines.legend(fontsize=8, frameon=False)
+    figure.colorbar(axes[0].collections[0], ax=list(axes), label="NLL above the original, nats per token", shrink=0.5)
+    return figure
+
+
+def path(steps: Sequence[Step], swept: Sweep | None) -> Figure:
+    """KL of the greedy plans by their number of pairs, and of the best windows where they are known."""
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    kls = [step.kl for step in steps]
+    axis.plot(range(1, len(kls) + 1), kls, **{**STYLES["recovered"], "color": RECOVERED, "label": "greedy"})
+    for number, step in enumerate(steps, start=1):
+        place: dict[str, Any] = {"xytext": (0, -13), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        axis.annotate(str(step.first), (number, step.kl), **place)
+    if swept:
+        best = {n: start for n, start in swept.best().items() if n <= len(kls)}
+        costs = [swept.costs[start, n].kl for n, start in best.items()]
+        axis.plot(list(best), costs, **{**STYLES["paired"], "label": "best window"})
+    axis.set(
+        yscale="log", xlabel="pairs (the number below: first layer of the added pair)", ylabel="KL, nats per token"
+    )
+    axis.margins(0.08, 0.15)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.5)
+    axis.legend()
+    return figure
+
+
+def _cheapest(grid: Grid) -> dict[int, int]:
+    """The start of the cheapest window of each length."""
+    return {n: min((s for s, m in grid if m == n), key=lambda s: grid[s, n]) for n in sorted({n for _, n in grid})}
+
+
+def _scale(grids: Mapping[str, Grid]) -> LogNorm:
+    values = [value for grid in grids.values() for value in grid.values()]
+    return LogNorm(max(min(values), FLOOR), max(*values, 2 * FLOOR))
+
+
+def _draw(axis: Axes, grid: Grid, norm: LogNorm) -> None:
+    starts, lengths = (np.arange(min(part), max(part) + 1) for part in zip(*grid, strict=True))
+    cells = np.full((len(lengths), len(starts)), np.nan)
+    for (start, length), value in grid.items():
+        cells[length - lengths[0], start - starts[0]] = max(value, FLOOR)
+    axis.pcolormesh(starts, lengths, np.ma.masked_invalid(cells), norm=norm, cmap=COLOURS, edgecolors=PAGE, lw=0.4)
+    for which in (axis.xaxis, axis.yaxis):
+        which.set_major_locator(MaxNLocator(integer=True, nbins=15))
