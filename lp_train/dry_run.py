@@ -73,9 +73,7 @@ def plan_or_stand_in(config: Config, num_layers: int) -> PairPlan:
     count = wanted.count(num_layers)
     number = count or max(1, num_layers // 4)
     known = "" if count else f"; how many the KL decides, {number} stand here"
-    print(
-        f"note: plan.pairs {config.plan.pairs!r}: the run chooses them when it starts{known}; drawn are the middle ones"
-    )
+    print(f"note: plan.pairs {config.plan.pairs!r}: chosen when the run starts{known}; drawn are those in the middle")
     start = (num_layers - 2 * number) // 2
     return PairPlan.parse(f"{start}:{start + 2 * number}", num_layers=num_layers)
 

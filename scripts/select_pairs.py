@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     if not any((options.sweep, options.greedy, options.scores, options.interventions, options.compare)):
         raise UserError("nothing to do: give --sweep, --greedy N, --scores, --interventions or --compare")
+    if options.tokens is not None and options.tokens < 2:
+        raise UserError(f"--tokens {options.tokens}: must be at least 2, for example 2048")
     wanted = AutoPairs.parse(f"auto:{options.greedy}") if options.greedy else None
     config = load_config(options.config, options.overrides)
     state = PartialState(cpu=models.device().type == "cpu")
@@ -102,9 +104,8 @@ def run(options: argparse.Namespace) -> None:
         say(f"\n{title}\n\n{plain(table)}\n", flush=True)
 
     measure(calibration, wanted, options, add)
-    say(
-        f"report {report.folder / reports.PAGE}, plots {report.folder}/plots/, figures {report.folder / reports.FIGURES}"
-    )
+    folder = report.folder
+    say(f"report {folder / reports.PAGE}, plots {folder}/plots/, figures {folder / reports.FIGURES}")
     leave(state)
 
 
@@ -114,8 +115,8 @@ def load(config: Config, tokens: int, state: PartialState, say: Callable[..., An
     if data.calibration is None and not data.calibration_fraction:
         data = dataclasses.replace(data, calibration_fraction=CALIBRATION_FRACTION)
         say(
-            f"calibration text: {CALIBRATION_FRACTION:.0%} of data.train's documents; a run of this configuration trains "
-            f"on them too unless it has data.calibration_fraction {CALIBRATION_FRACTION}"
+            f"calibration text: {CALIBRATION_FRACTION:.0%} of data.train's documents; a run of this configuration "
+            f"trains on them too, unless it has data.calibration_fraction {CALIBRATION_FRACTION}"
         )
     length = config.train["max_length"]
     with state.main_process_first():
@@ -147,19 +148,19 @@ def measure(calibration: Calibration, wanted: AutoPairs | None, options: argpars
         add("sweep", title, table, swept.as_dict(), heat_map=lambda: plots.heat_map(swept))
     if wanted is not None:
         path = greedy(calibration, wanted)
-        figures, table = [dataclasses.asdict(step) for step in path], reports.greedy_table(path, calibration.num_layers)
-        add("greedy", "One pair after the other", table, figures, greedy=lambda: plots.path(path, swept))
+        steps, table = [dataclasses.asdict(step) for step in path], reports.greedy_table(path, calibration.num_layers)
+        add("greedy", "One pair after the other", table, steps, greedy=lambda: plots.path(path, swept))
     if options.scores and swept:
         found = scores(calibration)
         correlations = rank_correlations(found, swept)
-        figures = {"scores": found, "rank_correlations": correlations}
-        add("scores", "Cheap scores of a pair", reports.score_table(correlations), figures)
+        both = {"scores": found, "rank_correlations": correlations}
+        add("scores", "Cheap scores of a pair", reports.score_table(correlations), both)
     if options.interventions:
         grids = interventions(calibration)
-        figures = {k: [[*place, nll] for place, nll in grid.items()] for k, grid in grids.items()}
+        cells = {kind: [[*place, nll] for place, nll in grid.items()] for kind, grid in grids.items()}
         table = reports.intervention_table(grids)
         draw = {"interventions": lambda: plots.intervention_map(grids)}
-        add("interventions", "The cheapest window of each kind and length", table, figures, **draw)
+        add("interventions", "The cheapest window of each kind and length", table, cells, **draw)
     if options.compare:
         result = compare(calibration, CPU_SAMPLE if calibration.state.device.type == "cpu" else None)
         title = f"The sweep against windows from scratch ({result['sampled']} of {result['windows']} run)"

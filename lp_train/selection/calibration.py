@@ -76,6 +76,7 @@ class Calibration:
         return found[0]
 
     def keep(self, name: str, content: dict[str, Any]) -> None:
+        """Called by every process; the first one writes."""
         if self.state.is_main_process:
             store.write(self.folder / f"{name}.json", self.about, content)
 
@@ -91,11 +92,14 @@ class Calibration:
         """The sum over all batches of what ``measure`` yields in ``steps`` pieces [n, columns], one below the other:
         float64 [rows, columns] on the CPU, the same on every process.
 
-        ``keep``: each batch is kept until all are done, and a measurement that was stopped goes on from there.
+        ``keep``: the result is kept, and until then each batch: what was measured before is read, and a measurement
+        that was stopped goes on.
 
         Raises:
             UserError: NaN or infinite values in the original's layers or in the result.
         """
+        if keep and (content := self.kept(name)):
+            return torch.tensor(content["sums"], dtype=torch.float64)
         parts = self.folder / f"{name}.parts"
         done = {span: found for span in self.batches() if keep and (found := self._part_of(parts, span)) is not None}
         kept = [sorted(done, key=lambda span: span.start)]
@@ -113,7 +117,11 @@ class Calibration:
                 sums.append(torch.cat(pieces).cpu())
                 if keep:
                     store.write(self._part(parts, span), self.about, {"sums": sums[-1].tolist()})
-        return self._gathered(sums, parts)
+        total = self._gathered(sums)
+        if keep:
+            self.keep(name, {"sums": total.tolist()})
+            shutil.rmtree(parts, ignore_errors=True)
+        return total
 
     def _part(self, parts: Path, span: range) -> Path:
         return parts / f"rows-{span.start:05d}-{span.stop:05d}.json"
@@ -122,14 +130,12 @@ class Calibration:
         content = store.read(self._part(parts, span), self.about)
         return None if content is None else torch.tensor(content["sums"], dtype=torch.float64)
 
-    def _gathered(self, sums: list[Tensor], parts: Path) -> Tensor:
-        """Over the processes, of which one may have had no batch. The parts go: the caller keeps the whole."""
+    def _gathered(self, sums: list[Tensor]) -> Tensor:
+        """Over the processes, of which one may have had no batch."""
         shape = [[*sums[0].shape] if sums else []]
         broadcast_object_list(shape)  # the first process has the first batch
         mine = torch.stack(sums).sum(0) if sums else torch.zeros(shape[0], dtype=torch.float64)
         total = reduce(mine.to(self.state.device), "sum").cpu()
-        if self.state.is_main_process:
-            shutil.rmtree(parts, ignore_errors=True)
         if not total.isfinite().all():
             raise UserError(
                 "layers side by side give NaN or infinite values where the original does not; set model.dtype bfloat16 "

@@ -22,8 +22,9 @@ AT_A_TIME = 16  # candidates whose final states exist together
 
 @dataclass(frozen=True)
 class Step:
-    """The pair (``first``, ``first`` + 1) joined the plan. Of the whole plan then, nats per token: ``gap``, its NLL less
-    the original's, and ``kl``. ``candidates``: the KL that each possible pair would have led to, by its first layer."""
+    """The pair (``first``, ``first`` + 1) joined the plan. Of the whole plan then, nats per token: ``gap``, its NLL
+    less the original's, and ``kl``. ``candidates``: the KL that each possible pair would have led to, by its
+    first layer."""
 
     first: int
     gap: float

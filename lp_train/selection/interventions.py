@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from lp_train.errors import UserError
+from lp_train.pairing.families import decoder_of
 from lp_train.selection.calibration import Calibration
 from lp_train.selection.stack import Stack
 
@@ -30,7 +31,7 @@ def interventions(calibration: Calibration) -> dict[str, dict[tuple[int, int], f
     Raises:
         UserError: layers whose weights have no mean (of unequal shape, or quantised).
     """
-    check_alike(Stack(calibration.model, calibration.batch(calibration.batches()[0]), calibration.algebra))
+    check_alike(calibration.model)
     layers = calibration.num_layers
     sums = calibration.total(_all_kinds, 1 + layers * len(KINDS), "interventions", keep=True) / calibration.tokens
     original, *nlls = sums[:, 0].tolist()
@@ -46,11 +47,11 @@ def lengths(kind: str, most: int) -> range:
     return range(1 if kind == "drop" else 2, most + 1, 2 if kind == "pairs" else 1)
 
 
-def check_alike(stack: Stack) -> None:
+def check_alike(model: nn.Module) -> None:
     """Refuses a model whose layers have no mean."""
-    shapes = [[(n, p.shape) for n, p in layer.named_parameters()] for layer, _ in stack.calls]
-    whole = all(p.is_floating_point() for layer, _ in stack.calls for p in layer.parameters())
-    if not whole or any(shape != shapes[0] for shape in shapes):
+    weights = [dict(layer.named_parameters()) for layer in decoder_of(model).layers]
+    shapes = [{name: (p.shape, p.is_floating_point()) for name, p in of_layer.items()} for of_layer in weights]
+    if any(shape != shapes[0] for shape in shapes) or not all(whole for _, whole in shapes[0].values()):
         raise UserError("interventions: merging needs layers of equal shape, not quantised; this model has others")
 
 

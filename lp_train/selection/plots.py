@@ -15,8 +15,9 @@ from lp_train.evaluation.plots import INK, PAGE, PAIRED, RECOVERED, STYLES
 from lp_train.selection.greedy import Step
 from lp_train.selection.sweep import Sweep
 
-WIDTH, FLOOR = 7.2, 1e-3  # inches; nats per token below which differences are noise
-COLOURS = "cividis_r"  # dark is dear: one hue's lightness, also for the colour-blind
+WIDTH = 7.2  # inches
+FLOOR, CEILING = 0.01, 3.0  # nats per token: below is noise of few tokens, above the model is ruined either way
+COLOURS = "viridis_r"  # dark is dear; its lightness alone tells the order
 Grid = Mapping[tuple[int, int], float]  # by (start, length)
 
 
@@ -37,7 +38,7 @@ def heat_map(swept: Sweep) -> Figure:
         axis.set(title=title, ylabel="pairs in the window")
         axis.text(swept.num_layers - 0.7, max(n for _, n in grid) + 0.9, "best", fontsize=8, va="center")
     axes[-1].set_xlabel("first layer of the window")
-    figure.colorbar(axes[0].collections[0], ax=axes, label="nats per token", pad=0.09, shrink=0.7)
+    _colourbar(figure, axes, "nats per token", pad=0.09, shrink=0.7)
     return figure
 
 
@@ -46,7 +47,7 @@ def intervention_map(found: Mapping[str, Grid]) -> Figure:
     figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
     axes = figure.subplots(3, 2).flatten()
     for axis, (kind, grid) in zip(axes, found.items(), strict=False):
-        _draw(axis, grid, _scale(found))
+        _draw(axis, grid, _scale(found), ticks=8)
         axis.set(title=kind, xlabel="first layer", ylabel="layers in the window")
     lines = axes[len(found)]
     for kind, grid in found.items():
@@ -56,7 +57,7 @@ def intervention_map(found: Mapping[str, Grid]) -> Figure:
         title="cheapest window of each length", xlabel="layers in the window", ylabel="nats per token", yscale="log"
     )
     lines.legend(fontsize=8, frameon=False)
-    figure.colorbar(axes[0].collections[0], ax=list(axes), label="NLL above the original, nats per token", shrink=0.5)
+    _colourbar(figure, list(axes), "NLL above the original, nats per token", shrink=0.5)
     return figure
 
 
@@ -90,14 +91,21 @@ def _cheapest(grid: Grid) -> dict[int, int]:
 
 def _scale(grids: Mapping[str, Grid]) -> LogNorm:
     values = [value for grid in grids.values() for value in grid.values()]
-    return LogNorm(max(min(values), FLOOR), max(*values, 2 * FLOOR))
+    return LogNorm(FLOOR, min(max(*values, 2 * FLOOR), CEILING))
 
 
-def _draw(axis: Axes, grid: Grid, norm: LogNorm) -> None:
+def _colourbar(figure: Figure, axes: list[Axes], label: str, **options: Any) -> None:
+    ticks = [0.01, 0.03, 0.1, 0.3, 1, 3]
+    bar = figure.colorbar(axes[0].collections[0], ax=axes, label=label, extend="both", ticks=ticks, **options)
+    bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    bar.ax.minorticks_off()
+
+
+def _draw(axis: Axes, grid: Grid, norm: LogNorm, ticks: int = 15) -> None:
     starts, lengths = (np.arange(min(part), max(part) + 1) for part in zip(*grid, strict=True))
     cells = np.full((len(lengths), len(starts)), np.nan)
     for (start, length), value in grid.items():
         cells[length - lengths[0], start - starts[0]] = max(value, FLOOR)
     axis.pcolormesh(starts, lengths, np.ma.masked_invalid(cells), norm=norm, cmap=COLOURS, edgecolors=PAGE, lw=0.4)
     for which in (axis.xaxis, axis.yaxis):
-        which.set_major_locator(MaxNLocator(integer=True, nbins=15))
+        which.set_major_locator(MaxNLocator(integer=True, nbins=ticks))

@@ -79,11 +79,10 @@ def compare_table(found: dict[str, Any]) -> Table:
 
 def intervention_table(found: dict[str, dict[tuple[int, int], float]]) -> Table:
     """The cheapest window of each kind, at the lengths 2, 4, 8 and 16."""
+    lengths = [n for n in (2, 4, 8, 16) if any(n == m for _, m in found["pairs"])]
     rows = []
     for kind, grid in found.items():
-        cells = []
-        for length in (n for n in (2, 4, 8, 16) if any(n == m for _, m in grid)):
-            start = min((s for s, n in grid if n == length), key=lambda s: grid[s, length])
-            cells.append(f"{grid[start, length]:.3f} ({start}:{start + length})")
+        best = [min((nll, start) for (start, n), nll in grid.items() if n == length) for length in lengths]
+        cells = [f"{nll:.3f} ({start}:{start + n})" for (nll, start), n in zip(best, lengths, strict=True)]
         rows.append([kind, *cells])
-    return Table(["NLL above the original", *(f"{n} layers" for n in (2, 4, 8, 16))[: len(rows[0]) - 1]], rows)
+    return Table(["NLL above the original", *(f"{n} layers" for n in lengths)], rows)

@@ -43,11 +43,6 @@ class Sweep:
         head = {"num_layers": self.num_layers, "tokens": self.tokens, "original_nll": self.original_nll}
         return {**head, "windows": windows}
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Sweep:
-        costs = {(w["start"], w["pairs"]): Cost(w["nll"], w["kl"]) for w in content["windows"]}
-        return cls(content["num_layers"], content["tokens"], content["original_nll"], costs)
-
 
 def windows(num_layers: int) -> list[tuple[int, int]]:
     """(start, pairs) of every window, in the order in which they are measured."""
@@ -61,13 +56,9 @@ def sweep(calibration: Calibration) -> Sweep:
         UserError: NaN or infinite values; kept figures of another model.
     """
     layers = calibration.num_layers
-    if content := calibration.kept("sweep"):
-        return Sweep.from_dict(content)
     sums = calibration.total(all_windows, layers, "sweep", keep=True) / calibration.tokens
     costs = [Cost(nll, kl) for nll, kl in sums.tolist()]
-    found = Sweep(layers, calibration.tokens, costs[0].nll, dict(zip(windows(layers), costs[1:], strict=True)))
-    calibration.keep("sweep", found.as_dict())
-    return found
+    return Sweep(layers, calibration.tokens, costs[0].nll, dict(zip(windows(layers), costs[1:], strict=True)))
 
 
 def all_windows(stack: Stack) -> Iterator[Tensor]:
