@@ -1,7 +1,10 @@
 """Runs that choose their pairs, and the command that shows what pairs cost, on a tiny model on disk."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import select_pairs
 from lp_train import finetune
 from lp_train.config import CALIBRATION_FRACTION, load_config
 from lp_train.dry_run import plan_or_stand_in
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +45,17 @@ def sections(output: Path) -> dict[str, Any]:
     return json.loads((output / "selection.json").read_text())["sections"]
 
 
-def train(place: Path, output: Path, *options: str) -> dict[str, Any]:
-    """A run of one step; what it wrote of its plan."""
-    given = [f"train.output_dir={output}", "train.max_steps=1", "data.calibration_fraction=0.1", *options]
-    assert finetune.main([str(place / "tiny.yaml"), *given]) == 0
+def train(place: Path, output: Path, *options: str, config: Path | None = None) -> dict[str, Any]:
+    """A run of one step; the configuration that it wrote."""
+    given = [f"train.output_dir={output}", "train.max_steps=1", *options]
+    assert finetune.main([str(config or place / "tiny.yaml"), *given]) == 0
     return yaml.safe_load((output / "resolved_config.yaml").read_text())
 
 
 def test_a_run_chooses_its_pairs_and_writes_them_down(
     place: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = train(place, tmp_path / "run", "plan.pairs=auto:2")
+    config = train(place, tmp_path / "run", "plan.pairs=auto:2", "data.calibration_fraction=0.1")
     printed = capsys.readouterr().out
     select(place, tmp_path / "out", "--greedy", "2")
     firsts = [step["first"] for step in sections(tmp_path / "out")["greedy"]["figures"]]
@@ -60,25 +65,24 @@ def test_a_run_chooses_its_pairs_and_writes_them_down(
     assert re.search(
         r"auto:2: 2 pairs \(.*\), depth 6 -> 4, KL \d\.\d+ nats per token there; kept in .*greedy.json", printed
     )
-    again = train(place, tmp_path / "again", "plan.pairs=auto:depth<=0.67", "train.seed=1")
-    assert again["plan"] == config["plan"]  # the same pairs for every seed
+    select(place, tmp_path / "out", "--greedy", "depth<=0.67", "train.seed=1")
+    assert [step["first"] for step in sections(tmp_path / "out")["greedy"]["figures"]] == firsts  # for every seed
     assert len(list(cache.glob("selection/*/greedy.json"))) == 1
+    # the written configuration is the same run: it leaves the same text out and chooses nothing
+    again = train(place, tmp_path / "again", config=tmp_path / "run" / "resolved_config.yaml")
+    assert again["plan"] == config["plan"] and "choosing" not in capsys.readouterr().out
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "again")]
+    assert json.loads(lines[0][0])["loss"] == json.loads(lines[1][0])["loss"]
 
 
-def test_the_written_configuration_leaves_the_same_text_out(place: Path, tmp_path: Path) -> None:
-    config = str(place / "tiny.yaml")
-    chosen = load_config(config, ["plan.pairs=auto:loss<=100"])
-    assert chosen.data.calibration_fraction == CALIBRATION_FRACTION
-    assert load_config(config).data.calibration_fraction == 0
-    assert load_config(config, ["plan.pairs=auto:2", "data.calibration_fraction=0.3"]).data.calibration_fraction == 0.3
-    assert load_config(config, ["plan.pairs=auto:2", "data.calibration=x.jsonl"]).data.calibration_fraction == 0
-    first = train(place, tmp_path / "one", "plan.pairs=auto:loss<=100")
-    assert first["data"]["calibration_fraction"] == 0.1
-    assert finetune.main([str(tmp_path / "one" / "resolved_config.yaml"), f"train.output_dir={tmp_path}/two"]) == 0
-    tokens = [json.loads((tmp_path / n / "report.json").read_text())["data"]["documents"] for n in ("one", "two")]
-    losses = [(tmp_path / n / "metrics.jsonl").read_text().splitlines()[0] for n in ("one", "two")]
-    assert tokens[0] == tokens[1]
-    assert json.loads(losses[0])["loss"] == json.loads(losses[1])["loss"]
+def test_a_choice_keeps_text_apart_where_none_is_given(place: Path) -> None:
+    def fraction(*options: str) -> float:
+        return load_config(place / "tiny.yaml", options).data.calibration_fraction
+
+    assert fraction() == 0
+    assert fraction("plan.pairs=auto:loss<=0.1") == CALIBRATION_FRACTION
+    assert fraction("plan.pairs=auto:2", "data.calibration_fraction=0.3") == 0.3
+    assert fraction("plan.pairs=auto:2", "data.calibration=x.jsonl") == 0
 
 
 @pytest.mark.parametrize(
@@ -162,3 +166,40 @@ def test_the_folder_of_another_model_is_left_alone(
     select(place, out, "--greedy", "1", f"model.name_or_path={other}", code=2)
     assert "selection.json: made for another model" in capsys.readouterr().err
     assert (out / "selection.json").read_text() == before
+
+
+def launch_two(program: str, *arguments: str, cache: Path) -> str:
+    """What the program prints on two CPU processes that know of each other."""
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", str(ROOT / program), *arguments]
+    env["LP_TRAIN_CACHE"] = str(cache)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(place: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    wanted = ("--sweep", "--greedy", "2")
+    select(place, one, *wanted)
+    given = (str(place / "tiny.yaml"), "data.calibration_fraction=0.1", "--output", str(two), *wanted)
+    assert "2 x cpu in float32" in launch_two("scripts/select_pairs.py", *given, cache=tmp_path / "theirs")
+    costs = [[w["kl"] for w in sections(folder)["sweep"]["figures"]["windows"]] for folder in (one, two)]
+    assert costs[0] == pytest.approx(costs[1], abs=1e-9)
+    firsts = [[step["first"] for step in sections(folder)["greedy"]["figures"]] for folder in (one, two)]
+    assert firsts[0] == firsts[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_the_same_chosen_pairs(place: Path, tmp_path: Path) -> None:
+    given = (
+        f"train.output_dir={tmp_path}/run",
+        "plan.pairs=auto:2",
+        "train.max_steps=1",
+        "train.global_batch_tokens=256",
+    )
+    launch_two("lp_train/finetune.py", str(place / "tiny.yaml"), *given, cache=tmp_path / "theirs")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["environment"]["num_processes"] == 2 and len(report["plan"]["pairs"]) == 2
