@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -85,8 +86,10 @@ class Calibration:
         return [range(start, min(start + self.batch_size, len(self.rows))) for start in starts]
 
     def batch(self, indices: range) -> dict[str, Tensor]:
-        where = next(self.model.parameters()).device
-        return {name: tensor.to(where) for name, tensor in self.collate([self.rows[i] for i in indices]).items()}
+        """As long as its longest row: on a CPU, few rows are not all full."""
+        rows, where = [self.rows[i] for i in indices], next(self.model.parameters()).device
+        collate = dataclasses.replace(self.collate, max_length=max(len(row["input_ids"]) for row in rows))
+        return {name: tensor.to(where) for name, tensor in collate(rows).items()}
 
     def total(self, measure: Measure, steps: int, name: str, keep: bool = False) -> Tensor:
         """The sum over all batches of what ``measure`` yields in ``steps`` pieces [n, columns], one below the other:
