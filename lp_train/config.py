@@ -21,9 +21,12 @@ from trl import SFTConfig
 from lp_train.config_check import Reader
 from lp_train.config_rules import broken_rules
 from lp_train.errors import UserError
+from lp_train.pairing.plan import AUTO
 from lp_train.trainer_options import OUR_LORA_DEFAULTS, OUR_TRAIN_DEFAULTS, OWNED_LORA, OWNED_TRAIN
 
 MAX_PER_DEVICE = 8  # rows in one forward when the user does not say: fits the larger configs' models on 80 GB
+
+CALIBRATION_FRACTION = 0.02  # of the training documents, where pairs are chosen and no text is given for it
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Which layers are paired (``"12:28"``, ``[[4, 5], [8, 9]]``) and by which definition of a pair."""
+    """Which layers are paired (``"12:28"``, ``[[4, 5], [8, 9]]``; ``auto:8``, ``auto:loss<=0.1`` or ``auto:depth<=0.7``
+    to have them chosen) and by which definition of a pair."""
 
     pairs: str | list[list[int]] = field(metadata={"example": "'12:28' or [[4, 5], [8, 9]]"})
     algebra: Literal["lp", "par"] = "lp"
@@ -77,13 +81,18 @@ class Source:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Training, held-out and calibration text. ``eval`` null: ``eval_fraction`` of the documents, by hash."""
+    """Training, held-out and calibration text. ``eval`` null: ``eval_fraction`` of the documents, by hash.
+
+    Calibration text is for choosing pairs. ``calibration`` null: ``calibration_fraction`` of the training documents, by
+    hash; a plan that is chosen (auto) sets it to 0.02, for any other it is 0 and all documents are trained on.
+    """
 
     train: list[Source] = field(metadata={"example": "builtin:pydocs"})
     eval: list[Source] | None = None
     calibration: list[Source] | None = None
     truncate: bool = False
     eval_fraction: float = 0.02
+    calibration_fraction: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -166,11 +175,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         except UserError as error:
             reader.errors.append(str(error))
     config = _read(raw, reader)
+    config = _with_calibration(config)
     misread = {_key_of(line) for line in reader.errors}  # a value that was not understood breaks no further rule
     errors = reader.errors + [line for line in broken_rules(config) if _key_of(line) not in misread]
     if errors:
         raise UserError("\n".join(errors))
     return config
+
+
+def _with_calibration(config: Config) -> Config:
+    """Where pairs are to be chosen without text for it, a share of the training documents is kept apart."""
+    data, chosen = config.data, str(config.plan.pairs).strip().startswith(AUTO)
+    if not chosen or data.calibration is not None or data.calibration_fraction:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(data, calibration_fraction=CALIBRATION_FRACTION))
 
 
 def _key_of(error: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from lp_train.errors import UserError
-from lp_train.pairing.plan import PairPlan
+from lp_train.pairing.plan import AutoPairs, PairPlan
 from lp_train.trainer_options import SAFE_INIT
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ _BOUNDS: list[tuple[str, str, Callable[[float], bool], str]] = [  # section, key
     ("loss", "beta", lambda v: 0 <= v <= 1, "between 0 (forward KL) and 1 (reverse KL), for example 0.0"),
     ("loss", "temperature", lambda v: v > 0, "must be above 0, for example 1.0"),
     ("data", "eval_fraction", lambda v: 0 < v < 1, "a share above 0 and below 1, for example 0.02"),
+    ("data", "calibration_fraction", lambda v: 0 <= v < 1, "a share from 0 to below 1, for example 0.02"),
     ("train", _TRAIN, lambda v: v > 0, "must be above 0"),
     ("evaluate", _EVALUATE, lambda v: v >= 1, "must be at least 1"),
     ("evaluate", "num_fewshot generation_prompts", lambda v: v >= 0, "must be 0 or more"),
@@ -50,7 +51,8 @@ def _bounds(config: Config) -> Iterator[str]:
 def _plan(config: Config) -> Iterator[str]:
     if config.plan.pairs is not None:
         try:
-            PairPlan.parse(config.plan.pairs, num_layers=_ANY_MODEL)
+            if AutoPairs.parse(config.plan.pairs) is None:
+                PairPlan.parse(config.plan.pairs, num_layers=_ANY_MODEL)
         except UserError as error:
             yield str(error)
     if config.tune == "full" and config.model.quantization:
@@ -84,6 +86,8 @@ def _data(config: Config) -> Iterator[str]:
     data = config.data
     if data.train == []:
         yield "data.train []: no source; give at least one, for example builtin:pydocs"
+    if data.eval is None and data.eval_fraction < 1 <= data.eval_fraction + data.calibration_fraction:
+        yield f"data.calibration_fraction {data.calibration_fraction}: with eval_fraction it leaves nothing to train on"
     for role in ("train", "eval", "calibration"):
         yield from _weights(getattr(data, role) or [], f"data.{role}")
     if any(s.streaming for s in data.train or []) and "num_train_epochs" in config.train:

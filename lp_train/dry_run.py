@@ -28,7 +28,7 @@ from lp_train.distill.arguments import max_steps, split_of
 from lp_train.distill.compiled import choose_engine
 from lp_train.errors import UserError
 from lp_train.models import load_model_config, load_tokenizer, resolve_dtype
-from lp_train.pairing import PairPlan, plan_of
+from lp_train.pairing import AutoPairs, PairPlan, plan_of
 from lp_train.pairing.families import check_family
 
 SHAPES = Path(__file__).resolve().parent.parent / "configs" / "shapes"
@@ -49,7 +49,7 @@ def dry_run(config: Config, num_processes: int) -> None:
     model_config, reached = read_model_config(config.model)
     model_config = model_config.get_text_config()
     check_family(model_config.model_type)
-    plan = PairPlan.parse(config.plan.pairs, num_layers=model_config.num_hidden_layers)
+    plan = plan_or_stand_in(config, model_config.num_hidden_layers)
     split = split_of(config, num_processes)
     print(f"\n{config.name}: {config.model.name_or_path} ({model_config.model_type}), pairs by {config.plan.algebra}\n")
     print(f"{draw(plan)}\n\n{plan}\n")
@@ -64,6 +64,18 @@ def dry_run(config: Config, num_processes: int) -> None:
     _table({name: f"{gib:8.2f} GiB" for name, gib in [*memory.items(), ("sum", sum(memory.values()))]})
     if data is not None and tokenizer is not None:
         print_rows(data, tokenizer)
+
+
+def plan_or_stand_in(config: Config, num_layers: int) -> PairPlan:
+    """The plan; for one that is chosen when the run starts, as many pairs in the middle, which cost as much to run."""
+    if (wanted := AutoPairs.parse(config.plan.pairs)) is None:
+        return PairPlan.parse(config.plan.pairs, num_layers=num_layers)
+    count = wanted.count(num_layers)
+    number = count or max(1, num_layers // 4)
+    known = "" if count else f"; how many the KL decides, {number} stand here"
+    print(f"note: plan.pairs {config.plan.pairs!r}: chosen when the run starts{known}; drawn are those in the middle")
+    start = (num_layers - 2 * number) // 2
+    return PairPlan.parse(f"{start}:{start + 2 * number}", num_layers=num_layers)
 
 
 def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:

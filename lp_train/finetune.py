@@ -52,9 +52,11 @@ from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
 from lp_train.evaluation.progress import Progress, watched_tasks
 from lp_train.evaluation.runs import write_card
-from lp_train.pairing import PairPlan, in_order, keep_originals, pair_layers
+from lp_train.pairing import AutoPairs, PairPlan, in_order, keep_originals, pair_layers
 from lp_train.pairing.families import check_family, decoder_of
 from lp_train.run_folder import check_run_folder, checkpoint_to_resume, locked, open_run_folder
+from lp_train.selection.calibration import default_tokens
+from lp_train.selection.choose import choose_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,18 +112,18 @@ def run(config: Config, options: argparse.Namespace) -> None:
 def finetune(config: Config, state: PartialState, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """The whole recipe, in a run folder of its own. Returns the report that it writes there."""
     with state.local_main_process_first():  # a GGUF model is dequantised by one process
-        plan = check_model(config)
+        plan = check_plan(config)
     folder = check_run_folder(config, resume, overwrite)
     with locked(folder, state):
         return recover(config, plan, folder, state, resume)
 
 
-def recover(config: Config, plan: PairPlan, folder: Path, state: PartialState, resume: bool) -> dict[str, Any]:
+def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialState, resume: bool) -> dict[str, Any]:
     """The recipe, from a configuration to a report."""
     say = functools.partial(print, flush=True) if state.is_main_process else lambda *_: None
 
     # what a user can get wrong is looked at before weights are loaded
-    say(f"{config.name}: {config.model.name_or_path}, {plan}")
+    say(f"{config.name}: {config.model.name_or_path}, {plan or config.plan.pairs}")
     dtype = models.resolve_dtype(config.model.dtype, state.device)
     report_to = track.report_to(config.track) if state.is_main_process else "none"
     args = training_arguments(config, folder, state, dtype, report_to)
@@ -130,6 +132,7 @@ def recover(config: Config, plan: PairPlan, folder: Path, state: PartialState, r
     with state.main_process_first():
         data = load_data(config, args, tokenizer)
     say(f"data: {data.stats}")
+    config, plan = choose_plan(config, plan, data.calibration, tokenizer, state, say)
     watch = watched_tasks(config, tokenizer, dtype)
 
     # the model in pairs, with something to train in them
@@ -180,8 +183,20 @@ def recover(config: Config, plan: PairPlan, folder: Path, state: PartialState, r
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
+def check_plan(config: Config) -> PairPlan | None:
+    """The plan, or None where one is to be chosen, checked against the model's published configuration."""
+    if (wanted := AutoPairs.parse(config.plan.pairs)) is None:
+        return check_model(config)
+    wanted.count(check_base(config))
+    return None
+
+
 def check_model(config: Config) -> PairPlan:
-    """The plan, checked against the model's published configuration."""
+    return PairPlan.parse(config.plan.pairs, num_layers=check_base(config))
+
+
+def check_base(config: Config) -> int:
+    """The number of the base's layers, from its published configuration."""
     model_config = models.load_model_config(config.model).get_text_config()
     family, attention = check_family(model_config.model_type), config.model.attn_implementation
     if attention in family.wrong_attention:
@@ -191,7 +206,7 @@ def check_model(config: Config) -> PairPlan:
         )
     if config.model.quantization:
         models.require_bitsandbytes()
-    return PairPlan.parse(config.plan.pairs, num_layers=model_config.num_hidden_layers)
+    return model_config.num_hidden_layers
 
 
 def load_data(config: Config, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -203,6 +218,7 @@ def load_data(config: Config, args: SFTConfig, tokenizer: PreTrainedTokenizerBas
         eval_tokens=config.evaluate.tokens,
         kd_on=config.loss.kd_on,
         seed=args.seed,
+        calibration_tokens=default_tokens(models.device()) if AutoPairs.parse(config.plan.pairs) else 0,
     )
 
 

@@ -217,7 +217,16 @@ MISTAKES: dict[str, Mistake] = {
     "plan with an empty window": Mistake("plan.pairs=4:4", r"'4:4': no pair in it; give a window such as"),
     "plan without pairs": Mistake("plan.pairs=[]", r"plan\.pairs \[\]: no pair in it; give a window such as"),
     "plan not understood": Mistake("plan.pairs=middle", r"'middle': not understood; give a window such as \"12:28\""),
-    "plan that chooses by itself": Mistake("plan.pairs=auto:2", r"'auto:2': this version does not choose.*; give"),
+    "plan to choose not understood": Mistake("plan.pairs=auto:most", r"'auto:most': not understood; give auto:8"),
+    "plan to choose too large": Mistake("plan.pairs=auto:4", r"'auto:4': 6 layers make 3 pairs at most; give auto:3"),
+    "calibration text without documents": Mistake(
+        "plan.pairs=auto:2 data.calibration_fraction=0.000001",
+        r"data\.calibration_fraction 1e-06: no document of data\.train has its hash in this share.*; raise it",
+    ),
+    "shares that leave nothing to train on": Mistake(
+        "data.eval_fraction=0.5 data.calibration_fraction=0.5",
+        r"data\.calibration_fraction 0\.5: with eval_fraction it leaves nothing to train on",
+    ),
     "unknown algebra": Mistake("plan.algebra=sum", r"plan\.algebra 'sum': expected one of lp, par"),
     # the model
     "unsupported family": Mistake(model_of(unsupported_family), r"model type 'gpt2': no pairing.*supported: .*llama"),

@@ -157,6 +157,30 @@ def test_train_eval_and_calibration_are_disjoint(tmp_path: Path, streaming: bool
     assert len(views.excluded) == 7
 
 
+@pytest.mark.parametrize("given_eval", [False, True])
+def test_a_share_of_the_training_documents_is_kept_for_calibration(tmp_path: Path, given_eval: bool) -> None:
+    path, held = text_file(tmp_path / "a.jsonl", 400), None
+    if given_eval:  # a part of the training documents is also evaluated
+        held = [Source(write(tmp_path / "e.jsonl", [{"text": text} for text in texts(400)[::5]]))]
+    shares = {}
+    for fraction in (0.0, 0.1):
+        views = separate(DataConfig([Source(path)], held, eval_fraction=0.1, calibration_fraction=fraction))
+        roles = {"eval": views.eval, "train": views.train, "calibration": views.calibration}
+        shares[fraction] = {role: {d.key for d in found[0].shuffled(0)} for role, found in roles.items()}
+    none, some = shares[0.0], shares[0.1]
+    assert not none["calibration"] and 15 < len(some["calibration"]) < 60
+    assert some["eval"] == none["eval"] and some["train"] == none["train"] - some["calibration"]
+    assert not some["calibration"] & some["eval"] and some["calibration"] < none["train"]
+
+
+def test_calibration_documents_that_are_given_are_used_as_they_are(tmp_path: Path) -> None:
+    paths = [Source(text_file(tmp_path / f"{name}.jsonl", 60, name)) for name in "tc"]
+    views = separate(DataConfig(paths[:1], None, paths[1:], calibration_fraction=0.5))
+    assert {d.key for d in views.calibration[0].shuffled(0)} == {Document(text).key for text in texts(60, "c")}
+    train = {d.key for d in views.train[0].shuffled(0)} | {d.key for d in views.eval[0].shuffled(0)}
+    assert train == {Document(text).key for text in texts(60, "t")}  # no share of them is kept back
+
+
 def test_what_was_excluded_is_counted(tmp_path: Path, build: Build) -> None:
     train = text_file(tmp_path / "t.jsonl", 30)
     held = write(tmp_path / "e.jsonl", [{"text": text} for text in texts(5)])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lp_train.errors import UserError
-from lp_train.pairing import PairPlan
+from lp_train.pairing import AutoPairs, PairPlan
 
 LAYERS = 30
 
@@ -111,7 +111,7 @@ MISTAKES: list[tuple[Any, str]] = [
     ("12:12", f"no pair in it; {FORMS}"),
     ("28:12", f"no pair in it; {FORMS}"),
     ([], f"no pair in it; {FORMS}"),
-    ("auto:8", f"this version does not choose pairs by itself; {FORMS}"),
+    ("auto:8", f"pairs are chosen when a run starts, whose resolved_config.yaml then has them; else {FORMS}"),
     ("24:32", "pair 30-31 is out of range; the model has layers 0 to 29"),
     ([[-1, 0]], "pair -1-0 is out of range; the model has layers 0 to 29"),
     ([[29, 30]], "pair 29-30 is out of range; the model has layers 0 to 29"),
@@ -138,3 +138,56 @@ def test_a_mistake_is_told_with_value_rule_and_remedy(spec: Any, rule_and_remedy
 def test_a_plan_for_a_larger_model_is_out_of_range_in_a_smaller_one() -> None:
     with pytest.raises(UserError, match="pair 24-25 is out of range; the model has layers 0 to 23"):
         parse(parse("20:30"), num_layers=24)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected", "pairs_of_30"),
+    [
+        ("auto:8", AutoPairs("pairs", 8), 8),
+        (" auto: 15 ", AutoPairs("pairs", 15), 15),
+        ("auto:loss<=0.02", AutoPairs("loss", 0.02), None),
+        ("auto:depth <= 0.7", AutoPairs("depth", 0.7), 9),  # 21 of 30 layers, though 0.7 * 30 is 20.999...
+        ("auto:depth<=0.75", AutoPairs("depth", 0.75), 8),  # 22 layers are 0.733, 23 would be 0.767
+        ("auto:depth<=.5", AutoPairs("depth", 0.5), 15),
+    ],
+)
+def test_plans_that_are_chosen(spec: str, expected: AutoPairs, pairs_of_30: int | None) -> None:
+    auto = AutoPairs.parse(spec)
+    assert auto == expected
+    assert auto.count(30) == pairs_of_30
+
+
+@pytest.mark.parametrize("spec", ["12:28", "", [[4, 5]], None, "autos:8"])
+def test_any_other_plan_is_not_chosen(spec: Any) -> None:
+    assert AutoPairs.parse(spec) is None
+
+
+@given(st.floats(0.5, 0.999), st.integers(2, 200))
+def test_a_share_of_the_depth_is_met_by_the_fewest_pairs(share: float, layers: int) -> None:
+    count = AutoPairs("depth", share).count(layers)
+    assert count is not None
+    assert (layers - count) / layers <= share + 1e-9 < (layers - count + 1) / layers + 2e-9
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("auto:", r"'auto:': not understood; give auto:8 \(pairs\), auto:loss<="),
+        ("auto:2.5", "not understood"),
+        ("auto:-3", "not understood"),
+        ("auto:loss<0.1", "not understood"),
+        ("auto:kl<=0.1", "not understood"),
+        ("auto:0", "must be above 0"),
+        ("auto:loss<=0", "must be above 0"),
+        ("auto:depth<=0.4", "pairs can halve the depth at most"),
+        ("auto:depth<=22", "pairs can halve the depth at most"),
+    ],
+)
+def test_a_choice_that_cannot_be_read(spec: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        AutoPairs.parse(spec)
+
+
+def test_more_pairs_than_the_layers_make() -> None:
+    with pytest.raises(UserError, match=r"plan.pairs 'auto:16': 30 layers make 15 pairs at most; give auto:15 or less"):
+        AutoPairs("pairs", 16).count(30)

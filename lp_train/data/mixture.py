@@ -22,13 +22,14 @@ def held_out(key: bytes, fraction: float) -> bool:
 
 @dataclass
 class Separation:
-    """The views of the sources for training and for evaluation, and the documents left out of training.
+    """The views of the sources for each role, and the documents left out of training.
 
     ``eval`` must be drawn before ``train``: a streamed evaluation source says only then what it holds.
     """
 
     train: list[OpenSource] = field(default_factory=list)
     eval: list[OpenSource] = field(default_factory=list)
+    calibration: list[OpenSource] = field(default_factory=list)
     excluded: set[bytes] = field(default_factory=set)  # keys of documents that training met and left out
 
 
@@ -46,6 +47,15 @@ def separate(data: DataConfig) -> Separation:
 
     def in_held_out_share(key: bytes) -> bool:
         return data.eval is None and held_out(key, data.eval_fraction)
+
+    def in_calibration_share(key: bytes) -> bool:  # the other end of the hashes: neither share moves with the other
+        return data.calibration is None and not held_out(key, 1 - data.calibration_fraction)
+
+    def in_a_share(key: bytes) -> bool:
+        return in_held_out_share(key) or in_calibration_share(key)
+
+    def keep_for_calibration(key: bytes) -> bool:
+        return in_calibration_share(key) and key not in evaluated
 
     def keep_for_eval(key: bytes) -> bool:
         if key not in calibration:
@@ -65,9 +75,11 @@ def separate(data: DataConfig) -> Separation:
                 pass
         result.eval.append(view)
     for source in opened["train"]:
-        result.train.append(source.only(lambda key: not in_held_out_share(key) and keep_for_training(key)))
+        result.train.append(source.only(lambda key: not in_a_share(key) and keep_for_training(key)))
         if data.eval is None:
             result.eval.append(source.only(lambda key: in_held_out_share(key) and keep_for_eval(key)))
+    given = opened["calibration"]
+    result.calibration = given or [source.only(keep_for_calibration) for source in opened["train"]]
     return result
 
 

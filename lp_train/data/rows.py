@@ -14,6 +14,7 @@ from trl import pack_dataset
 
 from lp_train.config import DataConfig
 from lp_train.data.mixture import draw_eval, draw_train, separate
+from lp_train.data.sources import OpenSource
 from lp_train.data.tokens import Encoder, Tokens
 from lp_train.errors import UserError
 
@@ -56,12 +57,14 @@ class DataStats:
 @dataclass(frozen=True)
 class Data:
     """Packed rows: columns ``input_ids``, ``labels``, ``seq_lengths`` and, where they differ, ``ce_labels``; in
-    ``eval`` also ``domain``, for each token the place of its document's domain in ``domains``."""
+    ``eval`` also ``domain``, for each token the place of its document's domain in ``domains``. ``calibration``: where
+    it was asked for."""
 
     train: Dataset
     eval: Dataset
     stats: DataStats
     domains: list[str]
+    calibration: Dataset | None = None
 
 
 def build_data(
@@ -73,34 +76,52 @@ def build_data(
     eval_tokens: int,
     kd_on: Literal["completion", "all"],
     seed: int,
+    calibration_tokens: int = 0,
 ) -> Data:
     """Reads, splits, tokenises and packs the data of a run.
 
     Reading stops once there are ``train_tokens`` tokens (None: everything is read) and ``eval_tokens`` held-out ones.
+    ``calibration_tokens``: as many of calibration text, the same for every seed, or as there are.
     Rows hold up to ``max_length`` tokens of whole documents; longer documents are split. ``labels`` are the tokens
     themselves where they are trained (``kd_on`` all: everywhere), else -100, as is the first token of every piece,
     which nothing predicts. With ``kd_on`` all and masked documents, ``ce_labels`` are those of "completion".
 
     Raises:
-        UserError: sources that cannot be read or overlap; no token, no trained token, no evaluation text; more than
-            1 % of the tokens lost without ``data.truncate``.
+        UserError: sources that cannot be read or overlap; no token, no trained token; no evaluation or calibration
+            text; more than 1 % of the tokens lost without ``data.truncate``.
     """
-    encoder = Encoder(tokenizer, max_length if data.truncate else None)
+    encoder, everywhere = Encoder(tokenizer, max_length if data.truncate else None), kd_on == "all"
     views = separate(data)
     held_out = draw_eval(views.eval, encoder, eval_tokens, seed)
     if not held_out:
         raise UserError(_no_eval_message(data))
+    calibration = _calibration(data, views.calibration, encoder, calibration_tokens, max_length, everywhere)
     documents = draw_train(views.train, encoder, train_tokens, seed)
     if not documents:
         raise UserError("data.train: zero tokens; all documents are empty, held out, or also in data.eval")
-    everywhere = kd_on == "all"
     two_labels = everywhere and any(document.masked for document in documents + held_out)
     train = pack(documents, max_length, everywhere, two_labels)
     domains = sorted({document.domain for document in held_out})
     evaluation = pack(held_out, max_length, everywhere, two_labels, domains)
     stats = _count(data, documents, held_out, train, evaluation, len(views.excluded))
     _check(stats, data.truncate)
-    return Data(train, evaluation, stats, domains)
+    return Data(train, evaluation, stats, domains, calibration)
+
+
+def _calibration(
+    data: DataConfig, views: list[OpenSource], encoder: Encoder, tokens: int, max_length: int, everywhere: bool
+) -> Dataset | None:
+    if not tokens:
+        return None
+    documents = draw_eval(views, encoder, tokens, seed=0)
+    rows = pack(documents, max_length, everywhere) if documents else None
+    if rows is None or not (_flat(rows, "labels") != IGNORED).any():
+        if data.calibration is not None:
+            raise UserError("data.calibration: no trained token to choose pairs by; give documents that have text")
+        share = f"data.calibration_fraction {data.calibration_fraction}"
+        rule = "no document of data.train has its hash in this share, to choose pairs by"
+        raise UserError(f"{share}: {rule}; raise it, or give data.calibration")
+    return rows
 
 
 def pack(

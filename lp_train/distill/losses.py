@@ -51,6 +51,10 @@ class Head:
         """hidden [N, D] -> float32 logits [N, V]."""
         return _capped(self.project(hidden).float(), self.softcap)
 
+    def log_probabilities(self, hidden: Tensor) -> Tensor:
+        """hidden [N, D] -> float32 [N, V]; on a GPU the logits never exist in float32."""
+        return _log_softmax(_capped(self.project(hidden), self.softcap), 1.0)
+
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits.float() / softcap)

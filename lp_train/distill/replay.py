@@ -51,7 +51,7 @@ def run_original(
         ValueError: there is an attention mask, or the layers are given a cache.
     """
     plan, _ = plan_of(model)
-    hidden, calls = _layer_calls(model, inputs)
+    hidden, calls = layer_calls(model, inputs)
     blocks = [[calls[i] for i in layers] for layers in plan.blocks]
     outputs: dict[int, Tensor] = {}
     with sequential(model):
@@ -93,9 +93,9 @@ class _Call(nn.Module):
         return hidden_states
 
 
-def _layer_calls(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, list[LayerCall]]:
+def layer_calls(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, list[LayerCall]]:
     """The input of the first decoder layer [B, T, D], and every layer with its mask, rotary table and the like, as the
-    decoder's own forward makes them for stand-ins of its layers."""
+    decoder's own forward makes them for stand-ins of its layers; ``inputs`` and errors as in :func:`run_original`."""
     if "attention_mask" in inputs:
         raise ValueError("attention_mask: documents packed into one row would see each other; leave it out")
     arguments = {"attention_mask": _masks(model, inputs), **_document_lengths(model, inputs)}

@@ -7,14 +7,16 @@ from lp_train.pairing.pairs import (
     is_paired,
     keep_originals,
     pair_layers,
+    pair_output,
     plan_of,
     sequential,
     unpair_layers,
 )
-from lp_train.pairing.plan import PairPlan
+from lp_train.pairing.plan import AutoPairs, PairPlan
 
 __all__ = [
     "FAMILIES",
+    "AutoPairs",
     "Family",
     "PairPlan",
     "adapters_off",
@@ -22,6 +24,7 @@ __all__ = [
     "is_paired",
     "keep_originals",
     "pair_layers",
+    "pair_output",
     "plan_of",
     "sequential",
     "unpair_layers",

@@ -100,7 +100,8 @@ class _CallSeen(Exception):
 def check_branches(model: nn.Module, family: Family, indices: Iterable[int]) -> None:
     """Compares x + attention + mlp with the layer's own forward on random input, for each layer of ``indices``.
 
-    Skipped for weights on the meta device. Raises UserError when a layer computes something else.
+    Skipped for weights on the meta device. Raises UserError when a layer computes something else or
+    gives NaN.
     """
     layers = decoder_of(model).layers
     if any(p.is_meta for p in model.parameters()):
@@ -113,6 +114,10 @@ def check_branches(model: nn.Module, family: Family, indices: Iterable[int]) -> 
         h = x + family.attention_branch(layer, x, kwargs)
         ours, own = h + family.mlp_branch(layer, h), layer(x, **kwargs)
         layer.train(was_training)
+        if own.isnan().any():
+            raise UserError(
+                f"layer {i} gives NaN; check the checkpoint's weights, or set model.dtype bfloat16 or float32"
+            )
         if not torch.allclose(ours.float(), own.float(), rtol=1e-2, atol=1e-3 * own.float().abs().max().item()):
             raise UserError(
                 f"model type {model.config.model_type!r}: layer {i} ({type(layer).__name__}) is not attention plus "

@@ -24,6 +24,17 @@ from lp_train.pairing.plan import PairPlan
 ALGEBRAS = ("lp", "par")
 
 
+def pair_output(
+    family: Family, algebra: str, first: tuple[nn.Module, dict[str, Any]], second: tuple[nn.Module, dict], x: Tensor
+) -> Tensor:
+    """Two layers side by side on x [B, T, D], each with the keyword arguments of its own call; the equations are in
+    :func:`pair_layers`."""
+    attention1, attention2 = (family.attention_branch(layer, x, kwargs) for layer, kwargs in (first, second))
+    h = x + attention1 + attention2
+    h1, h2 = (h, h) if algebra == "lp" else (x + attention1, x + attention2)
+    return h + family.mlp_branch(first[0], h1) + family.mlp_branch(second[0], h2)
+
+
 class _Pairing:
     """Shared by all paired layers of one model; ``parallel`` is switched by :func:`sequential`."""
 
@@ -69,12 +80,8 @@ class _Second(_Paired):
             if self._original is None:
                 return super().forward(hidden_states, *args, **kwargs)
             return self._original.forward(hidden_states, *args, **kwargs)
-        family, first, x = self._pairing.family, self._first, hidden_states
-        attention1 = family.attention_branch(first, x, {**kwargs, **first_kwargs})
-        attention2 = family.attention_branch(self, x, kwargs)
-        h = x + attention1 + attention2
-        h1, h2 = (h, h) if self._pairing.algebra == "lp" else (x + attention1, x + attention2)
-        return h + family.mlp_branch(first, h1) + family.mlp_branch(self, h2)
+        calls = (self._first, {**kwargs, **first_kwargs}), (self, kwargs)
+        return pair_output(self._pairing.family, self._pairing.algebra, *calls, hidden_states)
 
 
 @functools.cache

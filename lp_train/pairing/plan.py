@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 from lp_train.errors import UserError
 
+AUTO = "auto:"
+AUTO_FORMS = "auto:8 (pairs), auto:loss<=0.1 (KL in nats per token) or auto:depth<=0.7 (share of the layers)"
 FORMS = 'a window such as "12:28" (end exclusive) or a list of pairs such as [[4, 5], [8, 9]]'
 
 
@@ -83,9 +86,53 @@ class PairPlan:
         return f"{len(self.pairs)} pairs ({pairs}), depth {self.num_layers} -> {self.effective_depth}"
 
 
+@dataclass(frozen=True)
+class AutoPairs:
+    """How many pairs ``plan.pairs: auto:...`` asks for; which ones, lp_train/selection chooses.
+
+    ``pairs``: so many. ``loss``: as many as keep the KL to the original, untuned and on calibration text, at or below
+    so many nats per token. ``depth``: the fewest that bring the effective depth down to this share of the layers.
+    """
+
+    kind: Literal["pairs", "loss", "depth"]
+    limit: float
+
+    @classmethod
+    def parse(cls, spec: object) -> AutoPairs | None:
+        """Reads ``"auto:8"``, ``"auto:loss<=0.1"``, ``"auto:depth<=0.7"``; None for any other plan.
+
+        Raises:
+            UserError: begins with ``auto:`` and is none of them, or its number can never be reached.
+        """
+        if not isinstance(spec, str) or not spec.strip().startswith(AUTO):
+            return None
+        match = re.fullmatch(r"auto:(?:(loss|depth)<=)?(\d+(?:\.\d*)?|\.\d+)", re.sub(r"\s", "", spec))
+        if match is None or (match[1] is None and not match[2].isdigit()):
+            raise UserError(f"plan.pairs {spec!r}: not understood; give {AUTO_FORMS}")
+        auto = cls(cast(Literal["loss", "depth"], match[1]) if match[1] else "pairs", float(match[2]))
+        if auto.limit == 0:
+            raise UserError(f"plan.pairs {spec!r}: must be above 0; give {AUTO_FORMS}")
+        if auto.kind == "depth" and not 0.5 <= auto.limit < 1:
+            raise UserError(f"plan.pairs {spec!r}: pairs can halve the depth at most; give 0.5 to 0.99")
+        return auto
+
+    def count(self, num_layers: int) -> int | None:
+        """The number of pairs for so many layers; None where the KL decides.
+
+        Raises:
+            UserError: more pairs than the layers make.
+        """
+        if self.kind == "loss":
+            return None
+        if self.kind == "pairs" and self.limit > num_layers // 2:
+            most = f"{num_layers} layers make {num_layers // 2} pairs at most"
+            raise UserError(f"plan.pairs 'auto:{self.limit:.0f}': {most}; give auto:{num_layers // 2} or less")
+        return int(self.limit) if self.kind == "pairs" else num_layers - math.floor(self.limit * num_layers + 1e-9)
+
+
 def _read_window(spec: str, num_layers: int) -> list[tuple[int, int]]:
-    if spec.strip().startswith("auto:"):
-        raise _Wrong(f"this version does not choose pairs by itself; give {FORMS}")
+    if spec.strip().startswith(AUTO):
+        raise _Wrong(f"pairs are chosen when a run starts, whose resolved_config.yaml then has them; else give {FORMS}")
     match = re.fullmatch(r"(\d+):(\d+)", spec.strip())
     if match is None:
         raise _Wrong(f"not understood; give {FORMS}")

@@ -1,0 +1,53 @@
+"""``plan.pairs: auto:...`` becomes pairs: chosen greedily on calibration text, or as an earlier run chose them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lp_train import models
+from lp_train.config import Config
+from lp_train.data import RowCollator
+from lp_train.pairing import AutoPairs, PairPlan
+from lp_train.selection.calibration import Calibration
+from lp_train.selection.greedy import greedy
+
+
+def calibrate(config: Config, rows: Dataset, tokenizer: PreTrainedTokenizerBase, state: PartialState) -> Calibration:
+    """The base of a configuration, loaded, on calibration rows."""
+    collate = RowCollator(config.train["max_length"], tokenizer.pad_token_id)
+    model = models.load_base(config.model, state.device)
+    return Calibration(model, rows, collate, config.plan.algebra, state, config.evaluate.batch_size)
+
+
+def choose_plan(
+    config: Config,
+    plan: PairPlan | None,
+    rows: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    state: PartialState,
+    say: Callable[..., Any],
+) -> tuple[Config, PairPlan]:
+    """``plan`` is what the configuration says; where it is None, pairs are chosen on the calibration ``rows`` and stand
+    in the configuration that is returned. Every process gets the same.
+
+    Raises:
+        UserError: as :func:`greedy`.
+    """
+    if plan is not None:
+        return config, plan
+    wanted = AutoPairs.parse(config.plan.pairs)
+    assert wanted is not None and rows is not None
+    calibration = calibrate(config, rows, tokenizer, state)
+    say(f"choosing pairs on {calibration.tokens:,} tokens of calibration text")
+    path = greedy(calibration, wanted)
+    pairs = sorted([step.first, step.first + 1] for step in path)
+    plan = PairPlan.parse(pairs, num_layers=calibration.num_layers)
+    costs = f"KL {path[-1].kl:.4f} nats per token there"
+    say(f"{config.plan.pairs}: {plan}, {costs}; kept in {calibration.folder / 'greedy.json'}")
+    return dataclasses.replace(config, plan=dataclasses.replace(config.plan, pairs=pairs)), plan
