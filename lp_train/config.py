@@ -149,7 +149,11 @@ _TRAIN_TYPES = {  # ours, and where we allow more or less than the library
     "max_steps": int | None,
     "num_train_epochs": float | None,
 }
-_LORA_TYPES = {"scope": Literal["paired", "suffix"], "init_lora_weights": bool | str}  # pissa_niter_4: has its own line
+_LORA_TYPES = {
+    "scope": Literal["paired", "suffix"],
+    "start_from": str | None,
+    "init_lora_weights": bool | str,  # pissa_niter_4: has its own line
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

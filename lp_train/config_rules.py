@@ -64,6 +64,10 @@ def _lora(config: Config) -> Iterator[str]:
         yield f"lora.init_lora_weights {init!r}: {_TEACHER}; use true, gaussian, orthogonal or eva"
     if lora.get("bias", "none") != "none":
         yield f"lora.bias {lora['bias']!r}: {_TEACHER}; use none, or lora_bias: true"
+    if lora["start_from"] and config.tune == "full":
+        yield f"lora.start_from {lora['start_from']!r}: an adapter, and tune is full; use tune: lora, or leave it out"
+    if lora["start_from"] and init == "eva":
+        yield f"lora.start_from {lora['start_from']!r}: replaces what init_lora_weights eva makes; leave one of them out"
     for name in lora.get("modules_to_save") or []:
         if name.rpartition(".")[2] in ("lm_head", "embed_tokens"):
             yield f"lora.modules_to_save {name!r}: teacher and student share the head and embeddings; leave it out"

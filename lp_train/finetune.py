@@ -104,6 +104,7 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
         plan = check_model(config)
     say(f"{config.name}: {config.model.name_or_path}, {plan}")
     folder = check_run_folder(config, resume, overwrite)
+    start = models.adapter_folder(config.lora["start_from"]) if config.lora["start_from"] else None
     dtype = models.resolve_dtype(config.model.dtype, state.device)
     report_to = track.report_to(config.track) if state.is_main_process else "none"
     args = training_arguments(config, folder, state, dtype, report_to)
@@ -122,6 +123,8 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
     if config.lora.get("init_lora_weights") == "eva":
         with bench.autocast():
             start_from_activations(model, bench.training_batches(args.per_device_train_batch_size, count=16))
+    if start:
+        models.load_adapter(model, start)
     trainable, everything = count_parameters(model)
     say(f"trains {trainable:,} of {everything:,} parameters")
 
