@@ -67,7 +67,7 @@ def _lora(config: Config) -> Iterator[str]:
     if lora["start_from"] and config.tune == "full":
         yield f"lora.start_from {lora['start_from']!r}: an adapter, and tune is full; use tune: lora, or leave it out"
     if lora["start_from"] and init == "eva":
-        yield f"lora.start_from {lora['start_from']!r}: replaces what init_lora_weights eva makes; leave one of them out"
+        yield f"lora.start_from {lora['start_from']!r}: replaces what init_lora_weights eva makes; leave one out"
     for name in lora.get("modules_to_save") or []:
         if name.rpartition(".")[2] in ("lm_head", "embed_tokens"):
             yield f"lora.modules_to_save {name!r}: teacher and student share the head and embeddings; leave it out"

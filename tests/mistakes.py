@@ -295,7 +295,9 @@ MISTAKES: dict[str, Mistake] = {
     "value that PEFT refuses": Mistake(
         "lora.lora_dropout=2", r"lora: PEFT refuses it: dropout probability .* between 0 and 1.* 2", loads=True
     ),
-    "start that is nowhere": Mistake("lora.start_from={own}/none", r"/none'?: there is no such folder; give a run folder"),
+    "start that is nowhere": Mistake(
+        "lora.start_from={own}/none", r"/none'?: there is no such folder; give a run folder"
+    ),
     "start without an adapter": Mistake(
         "lora.start_from={shared}/model", r"lora\.start_from '\S+/model': no adapter in it; give a run of tune: lora"
     ),
@@ -304,7 +306,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "two starts": Mistake(
         "lora.start_from={shared}/run lora.init_lora_weights=eva",
-        r"lora\.start_from '\S+/run': replaces what init_lora_weights eva makes; leave one of them out",
+        r"lora\.start_from '\S+/run': replaces what init_lora_weights eva makes; leave one out",
     ),
     "start of another rank": Mistake(
         "lora.start_from={shared}/run lora.r=2 lora.lora_alpha=8",
