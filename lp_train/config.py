@@ -41,10 +41,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Which layers are paired (``"12:28"``, ``[[4, 5], [8, 9]]``) and by which definition of a pair."""
+    """Which layers are paired (``"12:28"``, ``[[4, 5], [8, 9]]``) and by which definition of a pair.
+
+    ``kind``: pair, or a control of the same depth: drop or merge as many layers as there are pairs (``remove``, or the
+    second of each pair), none for all layers in order. Adapters go where pairs have them, unless the layer is gone.
+    """
 
     pairs: str | list[list[int]] = field(metadata={"example": "'12:28' or [[4, 5], [8, 9]]"})
     algebra: Literal["lp", "par"] = "lp"
+    kind: Literal["pair", "drop", "merge", "none"] = "pair"
+    remove: list[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,13 @@ def _bounds(config: Config) -> Iterator[str]:
 def _plan(config: Config) -> Iterator[str]:
     if config.plan.pairs is not None:
         try:
-            PairPlan.parse(config.plan.pairs, num_layers=_ANY_MODEL)
+            PairPlan.parse(config.plan.pairs, num_layers=_ANY_MODEL).control(config.plan.kind, config.plan.remove)
         except UserError as error:
             yield str(error)
+    if config.plan.kind == "merge" and config.tune == "full":
+        yield "plan.kind 'merge': made anew from the base when it is loaded, which tune: full changes; use tune: lora"
+    if config.plan.kind == "merge" and config.model.quantization:
+        yield "plan.kind 'merge': 4-bit weights cannot be added up; use model.quantization: null"
     if config.tune == "full" and config.model.quantization:
         yield "tune 'full': quantised weights cannot be trained; use tune: lora, or model.quantization: null"
 

@@ -34,7 +34,7 @@ from trl import SFTConfig
 
 from lp_train import models, track
 from lp_train.adapters import attach, count_parameters, start_from_activations
-from lp_train.bench.flops import peak_flops, step_flops
+from lp_train.bench.flops import forward_costs, peak_flops, step_flops
 from lp_train.cluster.launch import check_engine, keep_freed_memory, leave, quieten_libraries, use_all_cores
 from lp_train.config import Config, config_to_yaml, load_config
 from lp_train.data import Data, RowCollator, build_data
@@ -176,7 +176,8 @@ def check_model(config: Config) -> PairPlan:
         )
     if config.model.quantization:
         models.require_bitsandbytes()
-    return PairPlan.parse(config.plan.pairs, num_layers=model_config.num_hidden_layers)
+    plan = PairPlan.parse(config.plan.pairs, num_layers=model_config.num_hidden_layers)
+    return plan.control(config.plan.kind, config.plan.remove)
 
 
 def load_data(config: Config, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -258,13 +259,14 @@ def unquantised_original(plan: PairPlan, bench: Bench) -> dict[str, Any]:
 
 def make_report(plan: PairPlan, figures: dict[str, Fidelity], trainer: PairedTrainer, bench: Bench) -> dict[str, Any]:
     """``report.json`` but for what only some runs have."""
-    config, data, pairs = bench.config, bench.data, [list(pair) for pair in plan.pairs]
+    config, data = bench.config, bench.data
     tokens, seconds = trainer.state.global_step * config.train["global_batch_tokens"], trainer.seconds
     return {
         "name": config.name,
         "tune": config.tune,
-        "plan": {"pairs": pairs, "algebra": config.plan.algebra, "num_layers": plan.num_layers},
+        "plan": reports.plan_section(plan, config.plan.algebra),
         "effective_depth": plan.effective_depth,
+        "cost": forward_costs(trainer.accelerator.unwrap_model(trainer.model), config.train["max_length"]),
         "result_step": trainer.result_step,
         **{name: fidelity.as_dict() for name, fidelity in figures.items()},
         **reports.fidelity_sections(figures, plan, data.domains),

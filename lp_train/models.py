@@ -263,14 +263,21 @@ def read_stamp(folder: Path) -> dict[str, Any] | None:
     return getattr(AutoConfig.from_pretrained(str(folder)), "layer_parallel", None)
 
 
+def recorded_plan(record: dict[str, Any], num_layers: int) -> PairPlan:
+    """The plan of a record, for a model of so many layers."""
+    plan = PairPlan.parse(record["pairs"], num_layers=num_layers)
+    return plan.control(record.get("kind", "pair"), record.get("remove"))
+
+
 def check_stamp(folder: Path, model: nn.Module) -> None:
     """Refuses weights that belong to another base or plan than those of ``model`` (paired, with :func:`stamp`)."""
     stored, ours = read_stamp(folder), model.config.layer_parallel
     if stored is None:
         raise UserError(f"{folder}: nothing in it says which layers were paired; it was not written by lp_train")
-    for key in ("pairs", "algebra"):
-        if stored[key] != ours[key]:
-            raise UserError(f"{folder}: made for plan.{key} {stored[key]}, this run has {ours[key]}; use the same plan")
+    for key in ("pairs", "algebra", "kind", "remove"):
+        theirs, this = stored.get(key), ours.get(key)  # of pairs neither kind nor remove is stored
+        if theirs != this:
+            raise UserError(f"{folder}: made for plan.{key} {theirs}, this run has {this}; use the same plan")
     base, this = stored["base"], fingerprint(model)
     if base["fingerprint"] != this:
         made_for = f"made for base {base['name']!r} (fingerprint {base['fingerprint']})"
@@ -361,8 +368,7 @@ def load(
         raise UserError(f"{path!r}: nothing in it says which layers were paired; it was not written by lp_train")
     stored = record["base"] | ({"quantization": None} if full_precision else {})
     model = load_base(_recorded_config(stored, base if has_adapter else str(folder), dtype))
-    plan = PairPlan.parse(record["pairs"], num_layers=len(decoder_of(model).layers))
-    pair_layers(model, plan, record["algebra"])
+    pair_layers(model, recorded_plan(record, len(decoder_of(model).layers)), record["algebra"])
     if has_adapter:
         check_stamp(folder, model)
         model = PeftModel.from_pretrained(model, str(folder))

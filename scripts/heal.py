@@ -142,11 +142,10 @@ def make_report(plan: PairPlan, bench: Bench, model: nn.Module, fitted: dict[str
     """As ``report.json`` of a run, with ``heal`` for ``train``."""
     figures = bench.measure(model, {"paired": adapters_off, "recovered": as_it_is})
     config, data = bench.config, bench.data
-    pairs = [list(pair) for pair in plan.pairs]
     return {
         "name": config.name,
         "tune": config.tune,
-        "plan": {"pairs": pairs, "algebra": config.plan.algebra, "num_layers": plan.num_layers},
+        "plan": reports.plan_section(plan, config.plan.algebra),
         "effective_depth": plan.effective_depth,
         **{name: fidelity.as_dict() for name, fidelity in figures.items()},
         **reports.fidelity_sections(figures, plan, data.domains),

@@ -173,7 +173,7 @@ def sentence(report: Mapping[str, Any]) -> str:
     """The result in words."""
     layers, depth = report["plan"]["num_layers"], report["effective_depth"]
     text = (
-        f"Running {len(report['plan']['pairs'])} pairs of layers side by side makes the longest path {depth} layers "
+        f"{_change(report['plan'])} makes the longest path {depth} layers "
         f"instead of {layers} and costs {report['gap']['nll']:.3f} nats per token; "
         f"{_effort(report)} "
     )
@@ -187,6 +187,13 @@ def sentence(report: Mapping[str, Any]) -> str:
             f"NLL {report['control']['nll']:.4f}, so read the NLL recovery against that and trust the KL."
         )
     return text
+
+
+def _change(plan: Mapping[str, Any]) -> str:
+    kind, removed = plan.get("kind", "pair"), ", ".join(map(str, plan.get("removed", ())))
+    done = {"drop": f"Dropping layers {removed}", "merge": f"Merging layers {removed} into those before them"}
+    done |= {"none": "Training with all layers in order (a control)"}
+    return done.get(kind, f"Running {len(plan['pairs'])} pairs of layers side by side")
 
 
 def _effort(report: Mapping[str, Any]) -> str:

@@ -128,6 +128,8 @@ def heal(model: nn.Module, streams: Sequence[Stream], autocast: Autocast = conte
 def check_healable(model: nn.Module) -> None:
     """Raises UserError for a family or adapters that the fit cannot be written into."""
     plan, _ = plan_of(model)
+    if plan.kind != "pair":
+        raise UserError(f"plan.kind {plan.kind!r}: only pairs can be healed; use plan.kind: pair")
     if check_family(model.config.model_type).after_mlp:
         names = ", ".join(sorted(name for name, family in FAMILIES.items() if not family.after_mlp))
         rule = "a norm after its MLP, through which no linear fit goes"
