@@ -75,9 +75,9 @@ def fidelity_sections(figures: Mapping[str, Fidelity], plan: PairPlan, domains: 
 
 
 def plan_section(plan: PairPlan, algebra: str) -> dict[str, Any]:
-    """``plan`` of ``report.json``; ``kind`` and ``removed`` tell controls from pairs."""
+    """``plan`` of ``report.json``; a control's has ``kind`` and ``removed`` too."""
     section = {"pairs": [list(pair) for pair in plan.pairs], "algebra": algebra, "num_layers": plan.num_layers}
-    return section | {"kind": plan.kind, "removed": list(plan.removed)}
+    return section if plan.kind == "pair" else section | {"kind": plan.kind, "removed": list(plan.removed)}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
