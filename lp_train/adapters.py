@@ -33,7 +33,7 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
             decoder_of(model).layers[i].float().requires_grad_(True)
         return model
     options = dict(config.lora)
-    del options["scope"]
+    del options["scope"], options["start_from"]
     wanted, layers = options.pop("target_modules", None), adapted_layers(plan, config)
     targets = [name for name in projections(model, layers) if selects(wanted, name)]
     if not targets:
@@ -50,8 +50,11 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
 
 
 def adapted_layers(plan: PairPlan, config: Config) -> Sequence[int]:
-    """The layers that get adapters: the paired ones, or all from the first pair on (``lora.scope: suffix``)."""
-    return plan.layers if config.lora["scope"] == "paired" else range(plan.first_layer, plan.num_layers)
+    """The layers that get adapters: the paired ones, or all from the first pair on (``lora.scope: suffix``).
+    A control has them only on layers that stay."""
+    if config.lora["scope"] == "paired":
+        return plan.layers
+    return [i for i in range(plan.first_layer, plan.num_layers) if i not in plan.removed]
 
 
 def _refuse_shared_layers(model: nn.Module, plan: PairPlan) -> None:

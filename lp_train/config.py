@@ -45,10 +45,16 @@ class ModelConfig:
 @dataclass(frozen=True)
 class PlanConfig:
     """Which layers are paired (``"12:28"``, ``[[4, 5], [8, 9]]``; ``auto:8``, ``auto:loss<=0.1`` or ``auto:depth<=0.7``
-    to have them chosen) and by which definition of a pair."""
+    to have them chosen) and by which definition of a pair.
+
+    ``kind``: pair, or a control of the same depth: drop or merge as many layers as there are pairs (``remove``, or the
+    second of each pair), none for all layers in order. Adapters go where pairs have them, unless the layer is gone.
+    """
 
     pairs: str | list[list[int]] = field(metadata={"example": "'12:28' or [[4, 5], [8, 9]]"})
     algebra: Literal["lp", "par"] = "lp"
+    kind: Literal["pair", "drop", "merge", "none"] = "pair"
+    remove: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,11 @@ _TRAIN_TYPES = {  # ours, and where we allow more or less than the library
     "max_steps": int | None,
     "num_train_epochs": float | None,
 }
-_LORA_TYPES = {"scope": Literal["paired", "suffix"], "init_lora_weights": bool | str}  # pissa_niter_4: has its own line
+_LORA_TYPES = {
+    "scope": Literal["paired", "suffix"],
+    "start_from": str | None,
+    "init_lora_weights": bool | str,  # pissa_niter_4: has its own line
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -52,9 +52,14 @@ def _plan(config: Config) -> Iterator[str]:
     if config.plan.pairs is not None:
         try:
             if AutoPairs.parse(config.plan.pairs) is None:
-                PairPlan.parse(config.plan.pairs, num_layers=_ANY_MODEL)
+                plan = PairPlan.parse(config.plan.pairs, num_layers=_ANY_MODEL)
+                plan.control(config.plan.kind, config.plan.remove)
         except UserError as error:
             yield str(error)
+    if config.plan.kind == "merge" and config.tune == "full":
+        yield "plan.kind 'merge': made anew from the base when it is loaded, which tune: full changes; use tune: lora"
+    if config.plan.kind == "merge" and config.model.quantization:
+        yield "plan.kind 'merge': 4-bit weights cannot be added up; use model.quantization: null"
     if config.tune == "full" and config.model.quantization:
         yield "tune 'full': quantised weights cannot be trained; use tune: lora, or model.quantization: null"
 
@@ -66,6 +71,10 @@ def _lora(config: Config) -> Iterator[str]:
         yield f"lora.init_lora_weights {init!r}: {_TEACHER}; use true, gaussian, orthogonal or eva"
     if lora.get("bias", "none") != "none":
         yield f"lora.bias {lora['bias']!r}: {_TEACHER}; use none, or lora_bias: true"
+    if lora["start_from"] and config.tune == "full":
+        yield f"lora.start_from {lora['start_from']!r}: an adapter, and tune is full; use tune: lora, or leave it out"
+    if lora["start_from"] and init == "eva":
+        yield f"lora.start_from {lora['start_from']!r}: replaces what init_lora_weights eva makes; leave one out"
     for name in lora.get("modules_to_save") or []:
         if name.rpartition(".")[2] in ("lm_head", "embed_tokens"):
             yield f"lora.modules_to_save {name!r}: teacher and student share the head and embeddings; leave it out"

@@ -49,7 +49,7 @@ def dry_run(config: Config, num_processes: int) -> None:
     model_config, reached = read_model_config(config.model)
     model_config = model_config.get_text_config()
     check_family(model_config.model_type)
-    plan = plan_or_stand_in(config, model_config.num_hidden_layers)
+    plan = plan_or_stand_in(config, model_config.num_hidden_layers).control(config.plan.kind, config.plan.remove)
     split = split_of(config, num_processes)
     print(f"\n{config.name}: {config.model.name_or_path} ({model_config.model_type}), pairs by {config.plan.algebra}\n")
     print(f"{draw(plan)}\n\n{plan}\n")
@@ -93,13 +93,15 @@ def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
 
 
 def draw(plan: PairPlan) -> str:
-    """The plan as layers from left to right, those of a pair one above the other."""
-    partner = dict(plan.pairs)
+    """The plan as layers from left to right, those of a pair one above the other; × where one is gone."""
+    partner = dict(plan.pairs) if plan.kind == "pair" else {}
     cells = []
     for i in range(plan.num_layers):
         if i in partner:
             cells.append((f"╭{i:>2}╮", "┤  ├", f"╰{partner[i]:>2}╯"))
-        elif i not in plan.layers:
+        elif i in plan.removed:
+            cells.append(("    ", "─ × ", "    "))
+        elif plan.kind != "pair" or i not in plan.layers:
             cells.append(("    ", f"─{i:>2}─", "    "))
     lines = [cells[at : at + STEPS_PER_LINE] for at in range(0, len(cells), STEPS_PER_LINE)]
     rows = ("".join(row).rstrip() for line in lines for row in zip(*line, strict=True))

@@ -56,6 +56,8 @@ def export(
             raise UserError(f"{run}: the run trained whole layers (tune: full), so there is no adapter; use fused")
         models.write_folder(out, lambda target: shutil.copytree(folder, target, dirs_exist_ok=True))
         return {}
+    if (kind := record.get("kind")) is not None:
+        raise UserError(f"{run}: plan.kind {kind}, a control without an exported form; lp_train.load opens it")
     model, tokenizer, nll = _load(run, record, merge, say)
     _check_space(out, sum(p.numel() * p.element_size() for p in model.parameters()) + SPARE)
     card = _card(run, form, merge, record, nll)

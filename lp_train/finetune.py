@@ -34,7 +34,7 @@ from trl import SFTConfig
 
 from lp_train import models, track
 from lp_train.adapters import attach, count_parameters, start_from_activations
-from lp_train.bench.flops import peak_flops, step_flops
+from lp_train.bench.flops import forward_costs, peak_flops, step_flops
 from lp_train.cluster import preemption
 from lp_train.cluster.launch import check_engine, keep_freed_memory, leave, quieten_libraries, use_all_cores
 from lp_train.cluster.preemption import EXIT_PREEMPTED, Preempted
@@ -124,6 +124,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
 
     # what a user can get wrong is looked at before weights are loaded
     say(f"{config.name}: {config.model.name_or_path}, {plan or config.plan.pairs}")
+    start = models.adapter_folder(config.lora["start_from"]) if config.lora["start_from"] else None
     dtype = models.resolve_dtype(config.model.dtype, state.device)
     report_to = track.report_to(config.track) if state.is_main_process else "none"
     args = training_arguments(config, folder, state, dtype, report_to)
@@ -143,6 +144,8 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     if config.lora.get("init_lora_weights") == "eva":
         with bench.autocast():
             start_from_activations(model, bench.training_batches(args.per_device_train_batch_size, count=16))
+    if start:
+        models.load_adapter(model, start)
     trainable, everything = count_parameters(model)
     say(f"trains {trainable:,} of {everything:,} parameters")
 
@@ -192,7 +195,8 @@ def check_plan(config: Config) -> PairPlan | None:
 
 
 def check_model(config: Config) -> PairPlan:
-    return PairPlan.parse(config.plan.pairs, num_layers=check_base(config))
+    plan = PairPlan.parse(config.plan.pairs, num_layers=check_base(config))
+    return plan.control(config.plan.kind, config.plan.remove)
 
 
 def check_base(config: Config) -> int:
@@ -292,13 +296,14 @@ def unquantised_original(plan: PairPlan, bench: Bench) -> dict[str, Any]:
 
 def make_report(plan: PairPlan, figures: dict[str, Fidelity], trainer: PairedTrainer, bench: Bench) -> dict[str, Any]:
     """``report.json`` but for what only some runs have."""
-    config, data, pairs = bench.config, bench.data, [list(pair) for pair in plan.pairs]
+    config, data = bench.config, bench.data
     tokens, seconds = trainer.state.global_step * config.train["global_batch_tokens"], trainer.seconds
     return {
         "name": config.name,
         "tune": config.tune,
-        "plan": {"pairs": pairs, "algebra": config.plan.algebra, "num_layers": plan.num_layers},
+        "plan": reports.plan_section(plan, config.plan.algebra),
         "effective_depth": plan.effective_depth,
+        "cost": forward_costs(trainer.accelerator.unwrap_model(trainer.model), config.train["max_length"]),
         "result_step": trainer.result_step,
         **{name: fidelity.as_dict() for name, fidelity in figures.items()},
         **reports.fidelity_sections(figures, plan, data.domains),

@@ -14,7 +14,13 @@ from typing import Any
 import numpy
 import torch
 from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig, PeftModel
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
@@ -27,6 +33,7 @@ from lp_train.pairing.families import decoder_of
 
 WHEEL = "wheel:"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
+ADAPTER_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
 
 
 def write_folder(target: Path, write: Callable[[Path], Any]) -> Path:
@@ -256,18 +263,57 @@ def read_stamp(folder: Path) -> dict[str, Any] | None:
     return getattr(AutoConfig.from_pretrained(str(folder)), "layer_parallel", None)
 
 
+def recorded_plan(record: dict[str, Any], num_layers: int) -> PairPlan:
+    """The plan of a record, for a model of so many layers."""
+    plan = PairPlan.parse(record["pairs"], num_layers=num_layers)
+    return plan.control(record.get("kind", "pair"), record.get("remove"))
+
+
 def check_stamp(folder: Path, model: nn.Module) -> None:
     """Refuses weights that belong to another base or plan than those of ``model`` (paired, with :func:`stamp`)."""
     stored, ours = read_stamp(folder), model.config.layer_parallel
     if stored is None:
         raise UserError(f"{folder}: nothing in it says which layers were paired; it was not written by lp_train")
-    for key in ("pairs", "algebra"):
-        if stored[key] != ours[key]:
-            raise UserError(f"{folder}: made for plan.{key} {stored[key]}, this run has {ours[key]}; use the same plan")
+    for key in ("pairs", "algebra", "kind", "remove"):
+        theirs, this = stored.get(key), ours.get(key)  # of pairs neither kind nor remove is stored
+        if theirs != this:
+            raise UserError(f"{folder}: made for plan.{key} {theirs}, this run has {this}; use the same plan")
     base, this = stored["base"], fingerprint(model)
     if base["fingerprint"] != this:
         made_for = f"made for base {base['name']!r} (fingerprint {base['fingerprint']})"
         raise UserError(f"{folder}: {made_for}, not for this base ({this})")
+
+
+def adapter_folder(path: str) -> Path:
+    """Where the adapter of ``lora.start_from`` lies. Raises UserError where there is none."""
+    folder = _result_folder(path)
+    if not (folder / "adapter_config.json").exists():
+        remedy = "give a run of tune: lora, or what scripts/heal.py wrote"
+        raise UserError(f"lora.start_from {path!r}: no adapter in it; {remedy}")
+    return folder
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Gives the adapters of ``model`` (paired, with :func:`stamp`) the weights of the one in ``folder``.
+
+    Raises:
+        UserError: it is of another base, plan, rank or scale, or on other modules.
+    """
+    what = f"lora.start_from {str(folder)!r}"
+    check_stamp(folder, model)
+    theirs, ours = PeftConfig.from_pretrained(str(folder)), model.peft_config["default"]
+    for key in ADAPTER_KEYS:
+        if getattr(theirs, key) != getattr(ours, key):
+            stored = getattr(theirs, key)
+            raise UserError(f"{what}: made with lora.{key} {stored}, this run has {getattr(ours, key)}; use {stored}")
+    weights, wanted = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model)
+    shapes, expected = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (weights, wanted))
+    differing = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
+    if differing:
+        name = differing[0]
+        found = f"{name} is {shapes.get(name, 'missing')} in it and {expected.get(name, 'missing')} in this run"
+        raise UserError(f"{what}: {found}; use the lora section of the run that made it")
+    set_peft_model_state_dict(model, weights)
 
 
 def _result_folder(path: str) -> Path:
@@ -322,8 +368,7 @@ def load(
         raise UserError(f"{path!r}: nothing in it says which layers were paired; it was not written by lp_train")
     stored = record["base"] | ({"quantization": None} if full_precision else {})
     model = load_base(_recorded_config(stored, base if has_adapter else str(folder), dtype))
-    plan = PairPlan.parse(record["pairs"], num_layers=len(decoder_of(model).layers))
-    pair_layers(model, plan, record["algebra"])
+    pair_layers(model, recorded_plan(record, len(decoder_of(model).layers)), record["algebra"])
     if has_adapter:
         check_stamp(folder, model)
         model = PeftModel.from_pretrained(model, str(folder))

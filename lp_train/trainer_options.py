@@ -75,7 +75,13 @@ _KEPT = {  # reason or remedy: options of the trainer that a configuration canno
 }
 OWNED_TRAIN: dict[str, str] = {name: reason for reason, names in _KEPT.items() for name in names.split()}
 
-OUR_LORA_DEFAULTS: dict[str, Any] = {"scope": "paired", "r": 16, "lora_dropout": 0.0, "target_modules": None}
+OUR_LORA_DEFAULTS: dict[str, Any] = {
+    "scope": "paired",
+    "start_from": None,  # a run or adapter folder, such as scripts/heal.py writes
+    "r": 16,
+    "lora_dropout": 0.0,
+    "target_modules": None,
+}
 
 _PROGRAM = "set by the program from plan.pairs and lora.scope"
 OWNED_LORA: dict[str, str] = {

@@ -304,6 +304,37 @@ MISTAKES: dict[str, Mistake] = {
     "value that PEFT refuses": Mistake(
         "lora.lora_dropout=2", r"lora: PEFT refuses it: dropout probability .* between 0 and 1.* 2", loads=True
     ),
+    "start that is nowhere": Mistake(
+        "lora.start_from={own}/none", r"/none'?: there is no such folder; give a run folder"
+    ),
+    "start without an adapter": Mistake(
+        "lora.start_from={shared}/model", r"lora\.start_from '\S+/model': no adapter in it; give a run of tune: lora"
+    ),
+    "start of all weights": Mistake(
+        "lora.start_from={shared}/run tune=full", r"lora\.start_from '\S+/run': an adapter, and tune is full; use tune"
+    ),
+    "two starts": Mistake(
+        "lora.start_from={shared}/run lora.init_lora_weights=eva",
+        r"lora\.start_from '\S+/run': replaces what init_lora_weights eva makes; leave one out",
+    ),
+    "start of another rank": Mistake(
+        "lora.start_from={shared}/run lora.r=2 lora.lora_alpha=8",
+        r"start_from '\S+': made with lora\.r 4, this run has 2; use 4",
+        loads=True,
+    ),
+    "start on other modules": Mistake(
+        "lora.start_from={shared}/run lora.target_modules=[q_proj]",
+        r"start_from '\S+': \S+ is \(\d+, \d+\) in it and missing in this run; use the lora section",
+        loads=True,
+    ),
+    "start of another plan": Mistake(
+        "lora.start_from={shared}/run plan.pairs=0:4", r"made for plan\.pairs .*; use the same plan", loads=True
+    ),
+    "start of another base": Mistake(
+        "lora.start_from={shared}/run model.name_or_path={shared}/other",
+        r"made for base '\S+' \(fingerprint \w+\), not for this base \(\w+\)",
+        loads=True,
+    ),
     "layers chosen twice": Mistake(
         "lora.layers_to_transform=[1]", r"lora\.layers_to_transform: .*set by the program from plan\.pairs"
     ),

@@ -167,6 +167,13 @@ def test_a_finished_run_is_resumed_to_itself(run: Run, plain: Path) -> None:
     assert report_of(run("finished", "--resume"))["recovered"] == report_of(plain)["recovered"]
 
 
+def test_a_run_starts_from_the_adapter_of_another(run: Run, plain: Path) -> None:
+    further = run("further", f"lora.start_from={plain}", "train.learning_rate=1e-9")
+    report, first = report_of(further), report_of(plain)
+    assert report["paired"] == first["paired"]
+    assert report["recovered"]["kl"] == pytest.approx(first["recovered"]["kl"], rel=1e-5)
+
+
 def test_overwrite_starts_anew(run: Run, plain: Path) -> None:
     run("twice", "loss.hidden=1")
     assert losses(run("twice", "--overwrite")) == losses(plain)

@@ -6,14 +6,17 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from lp_train.adapters import count_parameters
 from lp_train.bench.shapes import LayerShape, checkpoint_every, layer_shapes, suffix_blocks
 from lp_train.config import Config
 from lp_train.pairing import FAMILIES, plan_of
+from lp_train.pairing.families import decoder_of
 
 PEAK_FLOPS = {  # dense bf16 tensor-core FLOPs per second, from NVIDIA's data sheets; the first name that matches counts
     "MIG": None,  # a part of a GPU
@@ -76,13 +79,33 @@ def step_flops(model: nn.Module, config: Config, document_lengths: Sequence[int]
     return StepFlops(
         prefix=sum(linear[: plan.first_layer]),
         teacher=sum(linear[plan.first_layer :]),
-        student=sum(linear[plan.first_layer :]),
+        student=sum(linear[i] for block, _ in blocks for i in block),
         input_gradients=student.input_gradients,
         adapters=student.adapters,
         attention=2 * sum(scores) + student.attention,
         recomputed=student.recomputed,
         head=passes * 2.0 * c.vocab_size * c.hidden_size,
     )
+
+
+def forward_costs(model: nn.Module, row: int) -> dict[str, Any]:
+    """What a forward costs the original (``sequential``) and the paired model or control (``paired``), adapters aside:
+    ``parameters``, ``flops_per_token`` on documents of ``row`` tokens, ``kv_bytes_per_token`` of a cache in the model's
+    precision. Also how many parameters are ``trainable``."""
+    c, layers, (plan, _) = model.config.get_text_config(), layer_shapes(model), plan_of(model)
+    trainable, everything = count_parameters(model)
+    adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    flops = [2.0 * (s.matrices + s.active) + 4.0 * s.queries * mean_context([row], s.window) for s in layers]
+    found: dict[str, Any] = {"trainable": trainable}
+    for name, removed in (("sequential", ()), ("paired", plan.removed)):
+        kept = [i for i in range(plan.num_layers) if i not in removed]
+        gone = sum(count_parameters(decoder_of(model).layers[i])[1] for i in removed)
+        found[name] = {
+            "parameters": everything - adapters - gone,
+            "flops_per_token": sum(flops[i] for i in kept) + 2.0 * c.vocab_size * c.hidden_size,
+            "kv_bytes_per_token": sum(2 * layers[i].keys * model.dtype.itemsize for i in kept),
+        }
+    return found
 
 
 def mean_context(document_lengths: Sequence[int] | np.ndarray, window: int | None) -> float:

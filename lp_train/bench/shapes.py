@@ -103,6 +103,9 @@ def checkpoint_every(config: Config) -> int:
 
 
 def suffix_blocks(plan: PairPlan, every: int) -> list[tuple[tuple[int, ...], bool]]:
-    """The layers from the first pair on in blocks, a pair being one, and whether the block is checkpointed: blocks 0,
-    ``every``, twice that and so on, counted from the first pair; none for 0."""
-    return [(block, every > 0 and n % every == 0) for n, block in enumerate(plan.blocks)]
+    """The layers that run from the first pair on in blocks, a pair being one, and whether the block is checkpointed:
+    blocks 0, ``every``, twice that and so on, counted from the first pair; none for 0."""
+    blocks = plan.blocks
+    if plan.kind != "pair":
+        blocks = [(i,) for block in blocks for i in block if i not in plan.removed]
+    return [(block, every > 0 and n % every == 0) for n, block in enumerate(blocks)]

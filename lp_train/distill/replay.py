@@ -50,19 +50,27 @@ def run_original(
     Raises:
         ValueError: there is an attention mask, or the layers are given a cache.
     """
-    plan, _ = plan_of(model)
-    hidden, calls = layer_calls(model, inputs)
-    blocks = [[calls[i] for i in layers] for layers in plan.blocks]
-    outputs: dict[int, Tensor] = {}
+    first, blocks = run_prefix(model, inputs, block)
+    hidden, outputs = first, dict[int, Tensor]()
     with sequential(model):
-        for call in calls[: plan.first_layer]:
-            hidden = block(hidden, [call])
-        first = hidden
         for i, layers in enumerate(blocks):
             hidden = block(hidden, layers)
             if keep_pair_outputs and len(layers) == 2:
                 outputs[i] = hidden
         return Recording(blocks, first, decoder_of(model).norm(hidden), outputs)
+
+
+@torch.no_grad()
+def run_prefix(
+    model: nn.Module, inputs: dict[str, Tensor], block: RunBlock = run_block
+) -> tuple[Tensor, list[list[LayerCall]]]:
+    """As far as the first pair, with the same errors: its input [B, T, D], and the blocks of layers from it on."""
+    plan, _ = plan_of(model)
+    hidden, calls = layer_calls(model, inputs)
+    with sequential(model):
+        for call in calls[: plan.first_layer]:
+            hidden = block(hidden, [call])
+    return hidden, [[calls[i] for i in layers] for layers in plan.blocks]
 
 
 def run_suffix(model: nn.Module, recording: Recording, block: RunBlock = run_block) -> tuple[Tensor, dict[int, Tensor]]:

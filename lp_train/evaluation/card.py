@@ -30,10 +30,8 @@ def model_card(report: Mapping[str, Any], base: str, evaluation: Mapping[str, An
 
 # {report["name"]}: weights of a layer-parallel model
 
-**Trained for the paired graph.** These weights belong to `{base}` with layers
-{", ".join("+".join(map(str, pair)) for pair in report["plan"]["pairs"])} run side by side
-(`{report["plan"]["algebra"]}`, arXiv 2502.02790). A plain `{loader}.from_pretrained` gives the
-sequential model with them, which is not what they were trained for.
+**Trained for the paired graph.** These weights belong to `{base}` with {_graph(report["plan"])}.
+A plain `{loader}.from_pretrained` gives the sequential model with them, which is not what they were trained for.
 
 ```python
 import lp_train
@@ -44,6 +42,13 @@ model, tokenizer = lp_train.load("path/to/this/folder")
 
 {figures}
 """
+
+
+def _graph(plan: Mapping[str, Any]) -> str:
+    if (kind := plan.get("kind", "pair")) != "pair":
+        return f"layers {plan['removed'] or 'unchanged'} removed (`plan.kind: {kind}`, a control)"
+    pairs = ", ".join("+".join(map(str, pair)) for pair in plan["pairs"])
+    return f"layers\n{pairs} run side by side\n(`{plan['algebra']}`, arXiv 2502.02790)"
 
 
 def _results(report: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[EvalResult]:

@@ -66,8 +66,10 @@ def _legend(axis: Axes) -> None:
 
 def model_picture(plan: Mapping[str, Any]) -> Figure:
     """The layers in the order they run, pairs side by side; the text is read line by line, as the model runs."""
-    second = {first: other for first, other in plan["pairs"]}
-    steps = [[k, second[k]] if k in second else [k] for k in range(plan["num_layers"]) if k not in second.values()]
+    pairs = plan.get("kind", "pair") == "pair"
+    second = {first: other for first, other in plan["pairs"]} if pairs else {}
+    left_out = {*second.values(), *plan.get("removed", ())}
+    steps = [[k, second[k]] if k in second else [k] for k in range(plan["num_layers"]) if k not in left_out]
     lines = [steps[i : i + STEPS_PER_LINE] for i in range(0, len(steps), STEPS_PER_LINE)]
     figure = Figure(figsize=(WIDTH, 0.75 * len(lines) + 0.35), layout="constrained")
     axis = figure.subplots()
@@ -82,7 +84,8 @@ def model_picture(plan: Mapping[str, Any]) -> Figure:
                 axis.text(x + 0.45, y + offset, str(layer), ha="center", va="center", color=PAGE, fontsize=9)
     axis.set(xlim=(-0.5, STEPS_PER_LINE + 0.3), ylim=(-2.9 * (len(lines) - 1) - 1.25, 1.25))
     axis.axis("off")
-    axis.set_title(f"{plan['num_layers']} layers in {len(steps)} steps: {len(second)} pairs run side by side")
+    what = f"{len(second)} pairs run side by side" if pairs else f"control {plan['kind']}"
+    axis.set_title(f"{plan['num_layers']} layers in {len(steps)} steps: {what}")
     return figure
 
 

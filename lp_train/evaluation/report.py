@@ -74,6 +74,12 @@ def fidelity_sections(figures: Mapping[str, Fidelity], plan: PairPlan, domains: 
     }
 
 
+def plan_section(plan: PairPlan, algebra: str) -> dict[str, Any]:
+    """``plan`` of ``report.json``; a control's has ``kind`` and ``removed`` too."""
+    section = {"pairs": [list(pair) for pair in plan.pairs], "algebra": algebra, "num_layers": plan.num_layers}
+    return section if plan.kind == "pair" else section | {"kind": plan.kind, "removed": list(plan.removed)}
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device, commit and the engine as it really runs."""
     state = accelerate.PartialState()
@@ -125,7 +131,7 @@ def write_document(folder: Path, document: Mapping[str, Any], history: History =
     figure, trained = functools.partial(plots.plot, folder), "train" in document
     picture = figure("model", "which layers run side by side", lambda: plots.model_picture(document["plan"]))
     sections: Sections = {"": [fidelity_table([document]), _fidelity_note(document), picture]}
-    if trained:
+    if trained or document.get("heal"):
         sections[""].insert(0, sentence(document))
     if history:
         curve = figure("recovery", "recovery", lambda: plots.recovery(document, history, tokens_per_step))
@@ -138,7 +144,7 @@ def write_document(folder: Path, document: Mapping[str, Any], history: History =
     if trained:
         sections["Memory and speed"] = [_speed_table(document)]
     sections["Environment"] = [_environment_table(document["environment"])]
-    if trained:
+    if trained or document.get("heal"):
         sections["To reproduce"] = [f"```bash\n{_commands(folder, document)}\n```"]
     title = f"{document['name']}: {document['plan']['num_layers']} layers, {document['effective_depth']} deep"
     write_page(folder, title, sections)
@@ -228,6 +234,8 @@ def _commands(folder: Path, document: Mapping[str, Any]) -> str:
     processes, again = document["environment"]["num_processes"], f"{folder}-again"
     several = f"--num_processes {processes} " if processes > 1 else ""
     config, output = shlex.quote(f"{folder}/resolved_config.yaml"), shlex.quote(f"train.output_dir={again}")
+    if healed := document.get("heal"):
+        return f"python scripts/heal.py {config} --tokens {healed['asked_tokens']} --out {shlex.quote(again)}"
     lines = [f"accelerate launch {several}lp_train/finetune.py {config} {output}"]
     if "evaluate" in document:
         options = [again]

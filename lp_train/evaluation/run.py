@@ -120,13 +120,14 @@ def _session(config: Config, state: PartialState) -> Session:
 def _plan(config: Config, folder: Path | None) -> tuple[PairPlan, str]:
     layers = models.load_model_config(config.model).get_text_config().num_hidden_layers
     if folder is None:
-        return PairPlan.parse(config.plan.pairs, num_layers=layers), config.plan.algebra
+        plan = PairPlan.parse(config.plan.pairs, num_layers=layers).control(config.plan.kind, config.plan.remove)
+        return plan, config.plan.algebra
     result = models._result_folder(str(folder))
     is_result = any((result / name).exists() for name in ("adapter_config.json", "config.json"))
     record = models.read_stamp(result) if is_result else None
     if record is None:
         raise UserError(f"{str(folder)!r}: nothing in it says which layers were paired; name a run folder of lp_train")
-    return PairPlan.parse(record["pairs"], num_layers=layers), record["algebra"]
+    return models.recorded_plan(record, layers), record["algebra"]
 
 
 @contextlib.contextmanager
@@ -171,7 +172,7 @@ def _document(session: Session, name: str, plan: PairPlan, algebra: str, runs: S
     answers = [{model: result.answers for model, result in run.items() if result.answers} for run in runs]
     return {
         "name": name,
-        "plan": {"pairs": [list(p) for p in plan.pairs], "algebra": algebra, "num_layers": plan.num_layers},
+        "plan": reports.plan_section(plan, algebra),
         "effective_depth": plan.effective_depth,
         "seeds": len(runs),
         "evaluate": dataclasses.asdict(options),

@@ -171,11 +171,11 @@ def domain_table(domains: Sequence[Mapping[str, Any]]) -> Table:
 
 def sentence(report: Mapping[str, Any]) -> str:
     """The result in words."""
-    train, layers, depth = report["train"], report["plan"]["num_layers"], report["effective_depth"]
+    layers, depth = report["plan"]["num_layers"], report["effective_depth"]
     text = (
-        f"Running {len(report['plan']['pairs'])} pairs of layers side by side makes the longest path {depth} layers "
+        f"{_change(report['plan'])} makes the longest path {depth} layers "
         f"instead of {layers} and costs {report['gap']['nll']:.3f} nats per token; "
-        f"training on {train['trained_tokens']:,} tokens in {train['seconds']:.0f} s "
+        f"{_effort(report)} "
     )
     nll, kl = report["recovery"]["nll"], report["recovery"]["kl"]
     if nll is None or kl is None:
@@ -187,6 +187,19 @@ def sentence(report: Mapping[str, Any]) -> str:
             f"NLL {report['control']['nll']:.4f}, so read the NLL recovery against that and trust the KL."
         )
     return text
+
+
+def _change(plan: Mapping[str, Any]) -> str:
+    kind, removed = plan.get("kind", "pair"), ", ".join(map(str, plan.get("removed", ())))
+    done = {"drop": f"Dropping layers {removed}", "merge": f"Merging layers {removed} into those before them"}
+    done |= {"none": "Training with all layers in order (a control)"}
+    return done.get(kind, f"Running {len(plan['pairs'])} pairs of layers side by side")
+
+
+def _effort(report: Mapping[str, Any]) -> str:
+    if healed := report.get("heal"):
+        return f"a closed-form fit on {healed['tokens']:,} tokens in {healed['seconds']:.0f} s"
+    return f"training on {report['train']['trained_tokens']:,} tokens in {report['train']['seconds']:.0f} s"
 
 
 def answers(sample: dict[str, str]) -> str:

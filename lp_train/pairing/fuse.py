@@ -67,6 +67,8 @@ def _shapes(layer: nn.Module) -> dict[str, torch.Size]:
 def blocks(model: nn.Module, form: str = "fused") -> tuple[list[Block], dict[tuple[int, int], str]]:
     """The layers of the ``fused`` or ``paired`` form, as tuples of the original's, and why pairs stay pairs."""
     plan = plan_of(model)[0]
+    if plan.kind != "pair":
+        raise UserError(f"plan.kind {plan.kind}: a control of training, which has no fused or paired form")
     reasons = {pair: "the form is paired" if form == "paired" else fusable(model, pair) for pair in plan.pairs}
     wide = [pair for pair, reason in reasons.items() if reason is None]
     fused = {i for pair in wide for i in pair}

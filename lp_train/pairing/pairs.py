@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -44,24 +45,29 @@ class _Pairing:
 
 
 class _Paired(nn.Module):
+    """As it is also a layer of a control that stays: its own forward, or in order that of its frozen copy."""
+
     _pairing: _Pairing
-    _original: nn.Module | None = None  # frozen copy of the layer, where its own weights are trained
+    _original: nn.Module | None = None  # frozen copy of the layer, where its own weights are trained or merged
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._original is None or self._pairing.parallel:
+            return super().forward(hidden_states, *args, **kwargs)
+        return self._original.forward(hidden_states, *args, **kwargs)
 
 
-class _First(_Paired):
+class _Removed(_Paired):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states if self._pairing.parallel else super().forward(hidden_states, *args, **kwargs)
+
+
+class _First(_Removed):
     _kwargs: dict[str, Any] | None = None  # from its own call to that of its partner
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self._pairing.parallel:  # its own mask and rotary table: neighbours' layer types may differ
             self._kwargs = {n: kwargs[n] for n in ("attention_mask", "position_embeddings") if n in kwargs}
         return super().__call__(hidden_states, *args, **kwargs)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._pairing.parallel:
-            return hidden_states
-        if self._original is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        return self._original.forward(hidden_states, *args, **kwargs)
 
 
 class _Second(_Paired):
@@ -77,9 +83,7 @@ class _Second(_Paired):
         self, hidden_states: Tensor, *args: Any, first_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
         if first_kwargs is None:
-            if self._original is None:
-                return super().forward(hidden_states, *args, **kwargs)
-            return self._original.forward(hidden_states, *args, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)
         calls = (self._first, {**kwargs, **first_kwargs}), (self, kwargs)
         return pair_output(self._pairing.family, self._pairing.algebra, *calls, hidden_states)
 
@@ -96,31 +100,70 @@ def pair_layers(model: nn.Module, plan: PairPlan | str | Sequence[Sequence[int]]
     ``par``: h1 = x + A1(x), h2 = x + A2(x); y = h1 + F1(h1) + (h2 - x) + F2(h2).
     A and F are a layer's attention and feed-forward branches, each with the layer's own norms.
     ``hidden_states[k + 1]`` of a pair (k, k+1) equals ``hidden_states[k]``; the pair's output is the next one.
+    A plan that is a control (:meth:`PairPlan.control`) removes or merges its layers instead, in the same way.
 
     Raises:
-        UserError: unknown algebra or family, a plan that does not fit, or a model that is paired already.
+        UserError: unknown algebra or family, a plan that does not fit, layers that cannot be merged, or a model that is
+            paired already.
     """
     if algebra not in ALGEBRAS:
         raise UserError(f"plan.algebra {algebra!r}: unknown; use one of {', '.join(ALGEBRAS)}")
     family, layers = check_family(model.config.model_type), decoder_of(model).layers
     if is_paired(model):
         raise UserError("the model is paired already; call unpair_layers(model) first")
-    plan = PairPlan.parse(plan, num_layers=len(layers))
-    check_branches(model, family, plan.layers)
+    control = (plan.kind, plan.removed or None) if isinstance(plan, PairPlan) else ("pair", None)
+    plan = PairPlan.parse(plan, num_layers=len(layers)).control(*control)
     pairing = _Pairing(plan, algebra, family)
+    model.config.layer_parallel = {"pairs": [list(pair) for pair in plan.pairs], "algebra": algebra}
+    if plan.kind != "pair":
+        _make_control(layers, pairing)
+        model.config.layer_parallel |= {"kind": plan.kind, "remove": list(plan.removed) or None}
+        return model
+    check_branches(model, family, plan.layers)
     for k, j in plan.pairs:
         for layer, mixin in ((layers[k], _First), (layers[j], _Second)):
             layer._pairing = pairing
             layer._kwargs = None  # of the layer itself from the start: a compiled layer's guards see where it is
             layer.__class__ = _subclass(mixin, layer.__class__)
         object.__setattr__(layers[j], "_first", layers[k])  # a plain reference: no second registration, no new key
-    model.config.layer_parallel = {"pairs": [list(pair) for pair in plan.pairs], "algebra": algebra}
     return model
+
+
+def _make_control(layers: nn.ModuleList, pairing: _Pairing) -> None:
+    """The layers of the plan's pairs, those removed, and those that take others in."""
+    plan = pairing.plan
+    for k, taken in plan.merged.items():
+        _check_mergeable(layers[k], k, [layers[i] for i in taken], taken)
+    for i in sorted({*plan.layers, *plan.removed, *plan.merged}):
+        layers[i]._pairing = pairing
+        layers[i].__class__ = _subclass(_Removed if i in plan.removed else _Paired, layers[i].__class__)
+    for k, taken in plan.merged.items():
+        _keep_original(layers[k])
+        _merge(layers[k], [layers[i] for i in taken])
+
+
+def _check_mergeable(layer: nn.Module, index: int, others: Sequence[nn.Module], indices: Sequence[int]) -> None:
+    shapes = {name: p.shape for name, p in layer.named_parameters()}
+    for other, i in zip(others, indices, strict=True):
+        found = {name: p.shape for name, p in other.named_parameters()}
+        if differing := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+            rule = f"layers {index} and {i} differ in {differing[0]}"
+            raise UserError(f"plan.kind 'merge': {rule}, so that one cannot take in the other; use plan.kind drop")
+
+
+@torch.no_grad()
+def _merge(layer: nn.Module, others: Sequence[nn.Module]) -> None:
+    """w + sum (w_other - w), in float32 (LaCo, arXiv 2402.11187, equation 2)."""
+    for name, p in layer.named_parameters():
+        own = p.float()
+        p.copy_(own + torch.stack([other.get_parameter(name).float() - own for other in others]).sum(0))
 
 
 def unpair_layers(model: nn.Module) -> nn.Module:
     """Undoes :func:`pair_layers`: the model is the original again, with whatever was trained in it."""
     for layer in _paired_layers(model):
+        if layer._pairing.plan.merged and layer._original is not None:
+            layer.load_state_dict(layer._original.state_dict())
         layer.__class__ = type(layer).__bases__[1]
         for name in ("_pairing", "_first", "_original", "_kwargs"):
             layer.__dict__.pop(name, None)
@@ -151,10 +194,14 @@ def keep_originals(model: nn.Module) -> None:
     Call it with the model on its final device; the copies are no submodules and do not move with it.
     """
     for layer in _paired_layers(model):
-        shared = (layer._pairing, layer.__dict__.get("_first"))
-        original = copy.deepcopy(layer, {id(x): x for x in shared})
-        original.__class__ = type(layer).__bases__[1]
-        object.__setattr__(layer, "_original", original.requires_grad_(False).eval())
+        _keep_original(layer)
+
+
+def _keep_original(layer: _Paired) -> None:
+    shared = (layer._pairing, layer.__dict__.get("_first"))
+    original = copy.deepcopy(layer, {id(x): x for x in shared})
+    original.__class__ = type(layer).__bases__[1]
+    object.__setattr__(layer, "_original", original.requires_grad_(False).eval())
 
 
 @contextlib.contextmanager

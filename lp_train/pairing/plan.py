@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from lp_train.errors import UserError
 
 AUTO = "auto:"
 AUTO_FORMS = "auto:8 (pairs), auto:loss<=0.1 (KL in nats per token) or auto:depth<=0.7 (share of the layers)"
+KINDS = ("pair", "drop", "merge", "none")
 FORMS = 'a window such as "12:28" (end exclusive) or a list of pairs such as [[4, 5], [8, 9]]'
 
 
@@ -24,10 +25,13 @@ class PairPlan:
     """Pairs of consecutive decoder layers, in order, of a model with ``num_layers`` layers.
 
     Use :meth:`parse`; it validates. ``effective_depth`` is the longest path through the model: layers - pairs.
+    ``kind`` other than "pair": a control of the same depth, made by :meth:`control`, in which ``removed`` layers go.
     """
 
     pairs: tuple[tuple[int, int], ...]
     num_layers: int
+    kind: str = "pair"
+    removed: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, spec: str | Sequence[Sequence[int]] | PairPlan, num_layers: int) -> PairPlan:
@@ -46,6 +50,45 @@ class PairPlan:
             raise UserError(f"plan.pairs {spec!r}: {rule}") from None
         return plan
 
+    def control(self, kind: str, remove: Sequence[int] | None = None) -> PairPlan:
+        """The same plan by another ``kind``, to compare pairs with at an equal longest path.
+
+        ``drop``: as many layers as there are pairs go; ``remove`` names them, or the second of each pair does.
+        ``merge``: they go into the last layer before them that stays, by the differences of their weights (LaCo, arXiv
+        2402.11187): w_k + sum (w_j - w_k). Of two layers that is the second one's weights alone.
+        ``none``: all layers in order, the control of training by itself.
+
+        Raises:
+            UserError: unknown kind; ``remove`` for pairs or none, not as many layers as pairs, or a wrong one.
+        """
+        if kind not in KINDS:
+            raise UserError(f"plan.kind {kind!r}: unknown; use one of {', '.join(KINDS)}")
+        if remove is None:
+            return replace(self, kind=kind, removed=self._seconds() if kind in ("drop", "merge") else ())
+        rule = None
+        if kind not in ("drop", "merge"):
+            rule = f"plan.kind {kind} removes no layer; leave it out, or use drop or merge"
+        elif wrong := [i for i in remove if not 0 <= i < self.num_layers]:
+            rule = f"layer {wrong[0]} is out of range; the model has layers 0 to {self.num_layers - 1}"
+        elif 0 in remove:
+            rule = "layer 0 has to stay, since a cache's length is read from it; name another"
+        elif len({*remove}) != len(self.pairs) or len(remove) != len(self.pairs):
+            rule = f"for the depth of {len(self.pairs)} pairs {len(self.pairs)} different layers go; name as many"
+        if rule:
+            raise UserError(f"plan.remove {list(remove)}: {rule}")
+        return replace(self, kind=kind, removed=tuple(sorted(remove)))
+
+    def _seconds(self) -> tuple[int, ...]:
+        return tuple(second for _, second in self.pairs)
+
+    @property
+    def merged(self) -> dict[int, list[int]]:
+        """The layers that take others in, and which; empty but for ``kind`` merge."""
+        into: dict[int, list[int]] = {}
+        for i in self.removed if self.kind == "merge" else ():
+            into.setdefault(max(k for k in range(i) if k not in self.removed), []).append(i)
+        return into
+
     def _validate(self) -> None:
         if not self.pairs:
             raise _Wrong(f"no pair in it; give {FORMS}")
@@ -63,26 +106,30 @@ class PairPlan:
 
     @property
     def blocks(self) -> list[tuple[int, ...]]:
-        """The layers from the first pair on, in order: two for a pair, else one."""
-        alone = [(i,) for i in range(self.first_layer, self.num_layers) if i not in self.layers]
+        """The layers from the first pair on, in order: two for a pair, else one. In a control all run one by one."""
+        paired = {i for pair in self.pairs for i in pair}
+        alone = [(i,) for i in range(self.first_layer, self.num_layers) if i not in paired]
         return sorted([*self.pairs, *alone])
 
     @property
     def effective_depth(self) -> int:
-        return self.num_layers - len(self.pairs)
+        return self.num_layers - (len(self.pairs) if self.kind == "pair" else len(self.removed))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Indices of all paired layers, ascending."""
-        return tuple(i for pair in self.pairs for i in pair)
+        """Indices of all paired layers, ascending; in a control those of them that stay. They are what is trained."""
+        return tuple(i for pair in self.pairs for i in pair if i not in self.removed)
 
     @property
     def first_layer(self) -> int:
-        """The lowest paired layer: everything below it is the same for the original and the paired model."""
-        return self.pairs[0][0]
+        """The lowest layer that is paired, gone or changed: below it original and paired model are the same."""
+        return min([self.pairs[0][0], *self.removed, *self.merged])
 
     def __str__(self) -> str:
         pairs = " ".join(f"{first}+{second}" for first, second in self.pairs)
+        if self.kind != "pair":
+            gone = f"without layers {' '.join(map(str, self.removed))}" if self.removed else "all layers in order"
+            return f"control {self.kind}: {gone}, depth {self.num_layers} -> {self.effective_depth}"
         return f"{len(self.pairs)} pairs ({pairs}), depth {self.num_layers} -> {self.effective_depth}"
 
 

@@ -270,8 +270,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--shape", choices=SHAPES, help="random weights")
     which.add_argument("--model", help="a run folder (its original and its result), or a model")
-    pairs = {"type": lambda text: json.loads(text) if text.startswith("[") else text, "nargs": "+"}
-    command.add_argument("--pairs", **pairs, help="windows or lists of pairs; each is paired and fused by itself")
+    windows = "windows or lists of pairs; each is paired and fused by itself"
+    command.add_argument("--pairs", type=lambda t: json.loads(t) if t.startswith("[") else t, nargs="+", help=windows)
     for name, known in (("forms", FORMS), ("modes", MODES), ("parts", PARTS)):
         command.add_argument(f"--{name}", type=_names(name, known), default=list(known), help=f"of {','.join(known)}")
     command.add_argument("--batches", type=_integers, default=[1, 8, 32])

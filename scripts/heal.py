@@ -1,0 +1,159 @@
+"""Fits the adapters of a configuration's pairs in closed form, without training: minutes on a CPU, no GPU needed.
+
+    python scripts/heal.py configs/smollm2_135m.yaml --rank 64 data.train="/path/*.train.jsonl.xz"
+    python scripts/heal.py configs/llama1b.yaml --rank full --tokens 65536 --out runs/llama1b-healed
+    accelerate launch lp_train/finetune.py configs/smollm2_135m.yaml lora.r=64 lora.start_from=runs/smollm2_135m-healed
+
+A minute on a CPU, on text that comes with Python:
+
+    python scripts/heal.py configs/demo.yaml --tokens 4096 evaluate.tokens=2048
+
+Writes adapter/, report.json, report.md and report.html; ``lp_train.load(FOLDER)`` opens the result, and training
+starts from it by ``lora.start_from``. The method is described in ``lp_train/pairing/heal.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from accelerate import PartialState
+from torch import nn
+from transformers import set_seed
+
+from lp_train import models
+from lp_train.cluster.launch import quieten_libraries, use_all_cores
+from lp_train.config import Config, load_config
+from lp_train.data import RowCollator, build_data
+from lp_train.distill.replay import run_prefix
+from lp_train.distill.trainer import peak_memory_gib
+from lp_train.errors import UserError
+from lp_train.evaluation import report as reports
+from lp_train.evaluation.bench import Bench
+from lp_train.evaluation.fidelity import as_it_is
+from lp_train.evaluation.runs import write_card
+from lp_train.finetune import build_model, check_model, save_result
+from lp_train.pairing import PairPlan, adapters_off
+from lp_train.pairing.heal import Stream, check_healable, heal
+from lp_train.run_folder import check_run_folder, open_run_folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, heals, and returns the exit code: 2 for a mistake of the user, told in one line."""
+    parser = argparse.ArgumentParser(
+        prog="heal.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. lora.target_modules=[down_proj]")
+    parser.add_argument("--tokens", type=int, default=98304, help="of data.train that are fitted; more are better")
+    parser.add_argument("--rank", help="of the adapters, or full; lora.r when left out")
+    parser.add_argument("--out", help="the folder to write; runs/NAME-healed when left out")
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in that folder")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    options = parser.parse_intermixed_args(arguments)
+    quieten_libraries()
+    try:
+        run(read_config(options), options.tokens, options.overwrite)
+    except UserError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """The configuration with the options in it. The widest matrix rank of a layer is that of the residual stream."""
+    overrides = [*options.overrides, "lora.start_from=null"]
+    config = load_config(options.config, overrides)
+    if config.tune != "lora":
+        raise UserError(f"tune {config.tune!r}: the fit is written into adapters; use tune: lora")
+    rank = options.rank
+    if rank == "full":
+        rank = models.load_model_config(config.model).get_text_config().hidden_size
+    overrides += [f"lora.r={rank}"] if rank else []
+    folder = options.out or f"runs/{config.name}-healed"
+    return load_config(options.config, [*overrides, f"train.output_dir={folder}"])
+
+
+def run(config: Config, tokens: int, overwrite: bool = False) -> dict[str, Any]:
+    """Fits, measures and writes. Returns the report."""
+    state = PartialState(cpu=models.device().type == "cpu")
+    if state.num_processes > 1:
+        raise UserError(f"{state.num_processes} processes: one makes the fit; run it without a launcher")
+    use_all_cores(state)
+    length = config.train["max_length"]
+    if tokens < length:
+        raise UserError(f"--tokens {tokens}: less than one row of train.max_length {length}; give at least {length}")
+    plan = check_model(config)
+    print(f"{config.name}: {config.model.name_or_path}, {plan}", flush=True)
+    folder = check_run_folder(config, resume=False, overwrite=overwrite)
+    tokenizer = models.load_tokenizer(config.model)
+    seed = config.train["seed"]
+    wanted: dict[str, Any] = {"max_length": length, "train_tokens": tokens, "eval_tokens": config.evaluate.tokens}
+    data = build_data(config.data, tokenizer, **wanted, kd_on=config.loss.kd_on, seed=seed)
+    dtype = models.resolve_dtype(config.model.dtype, state.device)
+    bench = Bench(config, data, RowCollator(length, tokenizer.pad_token_id), state, dtype)
+    set_seed(seed)
+    model = build_model(config, plan, state.device)
+    check_healable(model)
+    open_run_folder(folder, config, state, resume=False)
+
+    started = time.perf_counter()
+    streams = read_streams(model, bench, tokens)
+    errors = heal(model, streams, bench.autocast)
+    fitted: dict[str, Any] = {"asked_tokens": tokens, "tokens": sum(int(s.counts.sum()) for s in streams)}
+    fitted["seconds"] = time.perf_counter() - started
+    print(f"fitted on {fitted['tokens']:,} tokens in {fitted['seconds']:.0f} s", flush=True)
+
+    report = make_report(plan, bench, model, fitted | {"rank": config.lora["r"], "pair_errors": errors})
+    save_result(model, tokenizer, config, folder)
+    reports.write(folder / "report.json", reports.as_json(report))
+    reports.write_document(folder, report)
+    write_card(folder, report, config.model.name_or_path)
+    print(f"\n{reports.table(report)}\n\n{reports.sentence(report)}\n")
+    print(f"report {folder}/report.md and report.html, weights {folder}/adapter/")
+    return report
+
+
+def read_streams(model: nn.Module, bench: Bench, tokens: int) -> list[Stream]:
+    """Whole batches of the first ``tokens`` tokens of the training text, run as far as the first pair.
+
+    The first token of a document does not count: it attends to itself alone, and some models put values there that
+    outweigh all others.
+    """
+    rows = min(tokens // bench.config.train["max_length"], len(bench.data.train))
+    size = min(rows, bench.config.evaluate.batch_size)
+    streams = []
+    for batch in bench.training_batches(size, rows // size):
+        with bench.autocast():
+            hidden, blocks = run_prefix(model, batch)
+        streams.append(Stream(hidden, blocks, counts=(batch["position_ids"] > 0).flatten()))
+    return streams
+
+
+def make_report(plan: PairPlan, bench: Bench, model: nn.Module, fitted: dict[str, Any]) -> dict[str, Any]:
+    """As ``report.json`` of a run, with ``heal`` for ``train``."""
+    figures = bench.measure(model, {"paired": adapters_off, "recovered": as_it_is})
+    config, data = bench.config, bench.data
+    return {
+        "name": config.name,
+        "tune": config.tune,
+        "plan": reports.plan_section(plan, config.plan.algebra),
+        "effective_depth": plan.effective_depth,
+        **{name: fidelity.as_dict() for name, fidelity in figures.items()},
+        **reports.fidelity_sections(figures, plan, data.domains),
+        "heal": {**fitted, "peak_memory_gib": peak_memory_gib()},
+        "data": data.stats.as_dict(),
+        "environment": reports.environment(bench.state.device),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
