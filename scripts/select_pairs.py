@@ -143,9 +143,10 @@ def measure(calibration: Calibration, wanted: AutoPairs | None, options: argpars
     if options.sweep or options.scores:
         started = time.perf_counter()
         swept = sweep(calibration)
-        title = f"Windows of contiguous pairs ({len(swept.costs)} in {time.perf_counter() - started:.0f} s)"
+        if calibration.state.is_main_process:
+            print(f"{len(swept.costs)} windows in {time.perf_counter() - started:.0f} s")
         table = reports.sweep_table(swept)
-        add("sweep", title, table, swept.as_dict(), heat_map=lambda: plots.heat_map(swept))
+        add("sweep", "Windows of contiguous pairs", table, swept.as_dict(), heat_map=lambda: plots.heat_map(swept))
     if wanted is not None:
         path = greedy(calibration, wanted)
         steps, table = [dataclasses.asdict(step) for step in path], reports.greedy_table(path, calibration.num_layers)
