@@ -48,6 +48,10 @@ OPTIONS = [
     ["tune=full", "plan.algebra=par"],
     ["lora.rank_pattern={q_proj: 2, '.*2.mlp.*': 7}"],
     ["lora.lora_bias=true", "lora.target_modules='.*layers[.][45][.].*'"],
+    ["plan.kind=drop"],
+    ["plan.kind=drop", "plan.remove=[3,4]", "train.gradient_checkpointing=true"],
+    ["plan.kind=merge", "lora.scope=suffix"],
+    ["plan.kind=none", "tune=full"],
 ]
 
 
@@ -58,7 +62,7 @@ def build(name: str, config: Config) -> nn.Module:
     hf_config._experts_implementation = "eager"
     model, plan = (
         AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager"),
-        PairPlan.parse(config.plan.pairs, 6),
+        PairPlan.parse(config.plan.pairs, 6).control(config.plan.kind, config.plan.remove),
     )
     pair_layers(model, plan, config.plan.algebra)
     if config.tune == "full":

@@ -14,6 +14,7 @@ from family_cases import CASES, VOCAB
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import evaluate_run
 import export as export_command
 import lp_train
 from lp_train import finetune
@@ -235,6 +236,18 @@ def test_the_same_recipe_makes_them(config: Path, kind: str, tmp_path: Path) -> 
         assert torch.equal(logits(model), logits(expected.eval()))
     assert export_command.main([str(folder), str(tmp_path / "out")]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_controls_are_measured_beside_pairs(config: Path) -> None:
+    """One copy of the weights serves them all, a merge in between included."""
+    folders = [config.parent / name for name in ("pairs", "merged", "pairs-again")]
+    for folder, kind in zip(folders, ("pair", "merge", "pair"), strict=True):
+        assert finetune.main([str(config), f"plan.kind={kind}", f"train.output_dir={folder}", "train.max_steps=2"]) == 0
+    assert evaluate_run.main([str(config), *map(str, folders), "evaluate.generation_prompts=0"]) == 0
+    for folder in folders:
+        evaluation, report = (json.loads((folder / f"{name}.json").read_text()) for name in ("evaluation", "report"))
+        for model in ("sequential", "paired", "recovered"):
+            assert evaluation["fidelity"][model]["kl"] == pytest.approx(report[model]["kl"], abs=1e-6)
 
 
 def test_no_fused_form(tiny_llama: hf.LlamaForCausalLM) -> None:
