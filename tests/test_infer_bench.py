@@ -60,6 +60,25 @@ def test_the_command_measures_every_cell(tmp_path: Path, capsys: pytest.CaptureF
     assert text.count("| fused, 5 layers |") == len(expected) // 3
 
 
+def test_files_of_several_calls_become_one_table(tmp_path: Path) -> None:
+    plans = ["--pairs", "2:4", "2:6", "--modes", "eager", "--parts", "decode", "--forms", "sequential,fused"]
+    for name in ("a", "b"):
+        assert (
+            bench.main(
+                ["infer", *TINY, *plans, "--contexts", "8", "--batches", "1", "--out", f"{tmp_path}/{name}.jsonl"]
+            )
+            == 0
+        )
+    (found,) = infer_table.read([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+    cells = {(cell["form"], cell["pairs"], cell["layers"]): cell for cell in found["cells"]}
+    assert list(cells) == [("sequential", None, 6), ("fused", "2:4", 5), ("fused", "2:6", 4)]
+    later = [json.loads(line)["cell"]["ms"] for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert [cell["ms"] for cell in cells.values()] == later
+    assert [cell["speedup"] for cell in cells.values()] == [later[0] / ms for ms in later]
+    predicted = {line["layers"] for line in predict.predict(found["cells"])}
+    assert predicted == {5, 4}  # every plan beside the one model in order
+
+
 def test_the_forms_are_what_they_are_called_and_share_their_weights() -> None:
     seen: dict[str, Any] = {}
     x = torch.arange(8)[None]
@@ -105,7 +124,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a CUDA graph needs a GPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         options("--modes", "fast")
-    assert "'fast' is unknown; use some of eager,compile,graph" in capsys.readouterr().err
+    assert "'fast' is unknown; use some of eager,compile,tuned,graph" in capsys.readouterr().err
 
 
 def test_a_cell_out_of_memory_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,28 +30,35 @@ def step_ms(one_gpu_ms: float, layers: int, gpus: int, latency_us: float) -> flo
 def predict(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each measured pair of steps (sequential, fused) and each published latency: predicted times and speed-up."""
     keys = ("mode", "batch", "context")
-    steps = {(c["form"], *(c[k] for k in keys)): c for c in cells if c["what"] == "decode" and "ms" in c}
+    steps = [c for c in cells if c["what"] == "decode" and "ms" in c]
+    in_order = {tuple(c[k] for k in keys): c for c in steps if c["form"] == "sequential"}
     found = []
-    for (form, *key), fused in steps.items():
-        order = steps.get(("sequential", *key))
-        if form != "fused" or order is None:
+    for fused in (c for c in steps if c["form"] == "fused"):
+        key = tuple(fused[k] for k in keys)
+        order = in_order.get(key)
+        if order is None:
             continue
         for link, by_gpus in LATENCIES_US.items():
             for gpus, us in by_gpus.items():
                 times = {c["form"]: step_ms(c["ms"], c["layers"], gpus, us) for c in (order, fused)}
-                line = dict(zip(keys, key, strict=True)) | {"link": link, "gpus": gpus, "predicted_ms": times}
+                line = dict(zip(keys, key, strict=True)) | {
+                    "layers": fused["layers"],
+                    "link": link,
+                    "gpus": gpus,
+                    "predicted_ms": times,
+                }
                 found.append(line | {"predicted_speedup": times["sequential"] / times["fused"]})
     return found
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    header = "| link | GPUs | mode | batch | context | sequential ms | fused ms | speed-up, predicted |"
+    header = "| link | GPUs | mode | batch | context | layers | sequential ms | fused ms | speed-up, predicted |"
     rows = [
-        f"| {c['link']} | {c['gpus']} | {c['mode']} | {c['batch']} | {c['context']} | "
+        f"| {c['link']} | {c['gpus']} | {c['mode']} | {c['batch']} | {c['context']} | {c['layers']} | "
         f"{c['predicted_ms']['sequential']:.2f} | {c['predicted_ms']['fused']:.2f} | {c['predicted_speedup']:.2f} x |"
         for c in lines
     ]
-    return "\n".join(["PREDICTED, not measured", "", header, "| --- " + "| ---: " * 7 + "|", *rows])
+    return "\n".join(["PREDICTED, not measured", "", header, "| --- " + "| ---: " * 8 + "|", *rows])
 
 
 def command(options: argparse.Namespace) -> None:
