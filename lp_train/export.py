@@ -123,12 +123,12 @@ def _check_space(out: Path, needed: int) -> None:
 
 def _load(run: Path, record: dict[str, Any], merge: bool, say: Say) -> tuple[nn.Module, Any, dict[str, float]]:
     """The paired model in full precision, and the NLLs that the export owes: of merging, of leaving 4 bits."""
-    nll = {}
+    nll, dtype = {}, record["base"]["dtype"]  # the run's: a checkpoint is the same whichever machine exports it
     four_bits = record["base"]["quantization"] is not None
     if four_bits:
-        nll["trained in 4 bits"] = _nll(run, *models.load(str(run)), as_it_is)
+        nll["trained in 4 bits"] = _nll(run, *models.load(str(run), dtype=dtype), as_it_is)
         gc.collect()
-    model, tokenizer = models.load(str(run), full_precision=True)
+    model, tokenizer = models.load(str(run), dtype=dtype, full_precision=True)
     if four_bits:
         now = nll["full precision"] = _nll(run, model, tokenizer, as_it_is)
         say(f"held-out nll: {nll['trained in 4 bits']:.4f} on the base in 4 bits, {now:.4f} in full precision")

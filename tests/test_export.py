@@ -132,7 +132,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: hf.PreTrain
     config = tiny_run.write_config(folder / "config.yaml", model, write_text(folder / "text.jsonl"))
     for name, option in (("lora", "tune=lora"), ("full", "tune=full"), ("nf4", "model.quantization=nf4")):
         if name != "nf4" or hf.utils.is_bitsandbytes_available():
-            assert finetune.main([str(config), option, f"train.output_dir={folder / name}"]) == 0
+            assert finetune.main([str(config), option, "model.dtype=float32", f"train.output_dir={folder / name}"]) == 0
     export.export(folder / "lora", folder / "fused")
     return folder
 
@@ -140,7 +140,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: hf.PreTrain
 @torch.no_grad()
 @pytest.mark.parametrize("run", ["lora", "full"])
 def test_a_run_exported_and_loaded(run: str, shared: Path, tmp_path: Path) -> None:
-    model, tokenizer = lp_train.load(str(shared / run))
+    model, tokenizer = lp_train.load(str(shared / run), dtype="float32")
     for form, depth in (("fused", 4), ("paired", 6)):
         export.export(shared / run, tmp_path / form, form)
         loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / form)
@@ -156,7 +156,7 @@ def test_a_run_exported_and_loaded(run: str, shared: Path, tmp_path: Path) -> No
 @torch.no_grad()
 @pytest.mark.parametrize("run", ["lora", "full"])
 def test_the_sequential_form_is_the_original_or_holds_the_adapters(run: str, shared: Path, tmp_path: Path) -> None:
-    model, _ = lp_train.load(str(shared / run))
+    model, _ = lp_train.load(str(shared / run), dtype="float32")
     export.export(shared / run, tmp_path / "plain", "sequential")
     nll = export.export(shared / run, tmp_path / "merged", "sequential", merge=True)
     base = hf.AutoModelForCausalLM.from_pretrained(shared / "model")
@@ -181,7 +181,7 @@ def test_from_four_bits_into_the_full_base(shared: Path, tmp_path: Path, capsys:
     nll = export.export(shared / "nf4", tmp_path / "fused")
     assert 0 < abs(nll["trained in 4 bits"] - nll["full precision"]) < 0.5
     assert f"{nll['full precision']:.4f} in full precision" in capsys.readouterr().out
-    model, _ = lp_train.load(str(shared / "nf4"), full_precision=True)
+    model, _ = lp_train.load(str(shared / "nf4"), dtype="float32", full_precision=True)
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
     assert error(loaded(IDS).logits, model(IDS).logits) < 1e-5
 
@@ -231,7 +231,7 @@ def run_alone(shared: Path, tmp_path: Path, trust: str) -> subprocess.CompletedP
 def test_it_loads_through_its_own_file_without_lp_train(shared: Path, tmp_path: Path) -> None:
     done = run_alone(shared, tmp_path, "True")
     assert done.returncode == 0, done.stderr
-    expected = lp_train.load(str(shared / "lora"))[0](IDS).logits
+    expected = lp_train.load(str(shared / "lora"), dtype="float32")[0](IDS).logits
     assert error(torch.load(tmp_path / "logits"), expected) < 1e-5
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "logits-saved")
     assert error(again(IDS).logits, expected) < 1e-5

@@ -114,10 +114,10 @@ def pair_layers(model: nn.Module, plan: PairPlan | str | Sequence[Sequence[int]]
     control = (plan.kind, plan.removed or None) if isinstance(plan, PairPlan) else ("pair", None)
     plan = PairPlan.parse(plan, num_layers=len(layers)).control(*control)
     pairing = _Pairing(plan, algebra, family)
-    model.config.layer_parallel = {"pairs": [list(pair) for pair in plan.pairs], "algebra": algebra}
+    record: dict[str, Any] = {"pairs": [list(pair) for pair in plan.pairs], "algebra": algebra}
     if plan.kind != "pair":
         _make_control(layers, pairing)
-        model.config.layer_parallel |= {"kind": plan.kind, "remove": list(plan.removed) or None}
+        model.config.layer_parallel = record | {"kind": plan.kind, "remove": list(plan.removed) or None}
         return model
     check_branches(model, family, plan.layers)
     for k, j in plan.pairs:
@@ -126,6 +126,7 @@ def pair_layers(model: nn.Module, plan: PairPlan | str | Sequence[Sequence[int]]
             layer._kwargs = None  # of the layer itself from the start: a compiled layer's guards see where it is
             layer.__class__ = _subclass(mixin, layer.__class__)
         object.__setattr__(layers[j], "_first", layers[k])  # a plain reference: no second registration, no new key
+    model.config.layer_parallel = record
     return model
 
 
