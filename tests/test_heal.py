@@ -146,34 +146,45 @@ def test_the_base_is_bitwise_the_original(tiny_llama: hf.LlamaForCausalLM) -> No
 
 
 def test_a_pair_is_fitted_to_its_layers_in_order(tiny_llama: hf.LlamaForCausalLM) -> None:
-    """Full rank, one pair, against numpy: first what q, k, v read, then both down projections at once."""
+    """Full rank, one pair, each branch written out: what q, k, v read, what gate and up read, then the output."""
     model = adapted(tiny_llama, spec=[[4, 5]])
-    first, second = decoder_of(tiny_llama).layers[4:6]
-    weights = {n: m.get_base_layer().weight.clone() for n, m in second.self_attn.named_children() if n != "o_proj"}
+    layers = first, second = decoder_of(tiny_llama).layers[4:6]
     with torch.no_grad():
         stream = streams(model, parts=1)[0]
-        x = stream.hidden
-        with sequential(model):
-            middle = first(x, **stream.blocks[0][0][1])
-            target = second(middle, **stream.blocks[0][1][1])
-        read, wanted = (second.input_layernorm(h).flatten(0, 1).double().numpy() for h in (x, middle))
+        x, (kwargs1, kwargs2) = stream.hidden, (kwargs for _, kwargs in stream.blocks[0])
         heal(model, [stream])
-        change = ridge(read, wanted - read)
-        for name, weight in weights.items():
-            assert np.abs(delta(getattr(second.self_attn, name)) - weight.numpy() @ change.T).max() < 1e-4
-        down = [layer.mlp.down_proj for layer in (first, second)]
-        kept = [m.lora_B["default"].weight.clone() for m in down]
-        for module in down:
-            module.lora_B["default"].weight.zero_()
-        inner: list[Tensor] = []
-        hooks = [m.register_forward_pre_hook(lambda m, args: inner.append(args[0].flatten(0, 1))) for m in down]
-        output = second(first(x, **stream.blocks[0][0][1]), **stream.blocks[0][1][1])
-        for hook, module, weight in zip(hooks, down, kept, strict=True):
-            hook.remove()
-            module.lora_B["default"].weight.copy_(weight)
-        expected = ridge(torch.cat(inner, 1).double().numpy(), (target - output).flatten(0, 1).double().numpy())
-        found = np.hstack([delta(module) for module in down]).T
+        with sequential(model):
+            middle = first(x, **kwargs1)
+            target = second(middle, **kwargs2)
+            h1 = x + first.self_attn(hidden_states=first.input_layernorm(x), **kwargs1)[0]
+            h2 = middle + second.self_attn(hidden_states=second.input_layernorm(middle), **kwargs2)[0]
+        check_read(second.self_attn, second.input_layernorm(x), second.input_layernorm(middle), "qkv")
+        h = x + first.self_attn(hidden_states=first.input_layernorm(x), **kwargs1)[0]
+        h = h + second.self_attn(hidden_states=second.input_layernorm(x), **kwargs2)[0]
+        for layer, in_order in zip(layers, (h1, h2), strict=True):
+            norm = layer.post_attention_layernorm
+            check_read(layer.mlp, norm(h), norm(in_order), ("gate", "up"))
+        inner, output = [], h
+        for layer in layers:
+            mlp, read = layer.mlp, layer.post_attention_layernorm(h)
+            inner.append(torch.nn.functional.silu(mlp.gate_proj(read)) * mlp.up_proj(read))
+            output = output + mlp.down_proj.get_base_layer()(inner[-1])
+        expected = ridge(flat(torch.cat(inner, -1)), flat(target - output))
+        found = np.hstack([delta(layer.mlp.down_proj) for layer in layers]).T
         assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def check_read(block: nn.Module, read: Tensor, wanted: Tensor, names: Any) -> None:
+    """Each projection's change is its weight times that of what it reads."""
+    change = ridge(flat(read), flat(wanted - read))
+    for name in names:
+        module = getattr(block, f"{name}_proj")
+        expected = module.get_base_layer().weight.numpy() @ change.T
+        assert np.abs(delta(module) - expected).max() < 1e-3 * np.abs(expected).max()
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    return tensor.flatten(0, 1).double().numpy()
 
 
 def ridge(x: np.ndarray, y: np.ndarray) -> np.ndarray:

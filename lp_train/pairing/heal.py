@@ -1,10 +1,11 @@
 """Adapters of paired layers without gradients: each pair is fitted to its two layers run in order, by ridge regression.
 
-Pair after pair, the stream that the pair reads is that of the pairs healed before it. Two closed-form fits each:
+Pair after pair, the stream that the pair reads is that of the pairs healed before it. Three closed-form fits each:
 
     1. q, k and v of the second layer read the pair's input and not what the first layer makes of it. What they read in
        order is predicted from it linearly, z' = z + D z, so that the weights' change is W D.
-    2. What is then missing in the pair's output is predicted from the inputs of both down projections, u1 and u2, and
+    2. The same for what gate and up of both layers read.
+    3. What is then missing in the pair's output is predicted from the inputs of both down projections, u1 and u2, and
        added by them: minimise |y - pair(x) - W1 u1 - W2 u2|^2 + ridge (|W1|^2 + |W2|^2).
 
 Under a rank the fits are reduced-rank regressions (Izenman 1975), of the two down projections in turn, since each has
@@ -40,13 +41,15 @@ class Stream:
     """A batch on its way through the model.
 
     ``hidden`` [B, T, D]: the input of the next block of ``blocks``, which are those from the first pair on.
-    ``counts`` [B * T] bool: the tokens that are fitted. ``target`` [B, T, D]: what the block makes of it in order.
+    ``counts`` [B * T] bool: the tokens that are fitted. In order, the block makes ``target`` [B, T, D] of its input,
+    and its two MLPs read ``mlp_inputs`` [B * T, D].
     """
 
     hidden: Tensor
     blocks: Sequence[Sequence[LayerCall]]
     counts: Tensor
     target: Tensor = field(default_factory=lambda: torch.empty(0))
+    mlp_inputs: list[Tensor] = field(default_factory=list)
 
     def through(self, block: int) -> Tensor:
         hidden = self.hidden
@@ -64,6 +67,10 @@ class Moments:
     def add(self, x: Tensor, y: Tensor) -> None:
         x, y = x.float(), y.float()
         self.xx, self.xy = self.xx + (x.T @ x).double(), self.xy + (x.T @ y).double()
+
+    def add_change(self, x: Tensor, wanted: Tensor, counts: Tensor) -> None:
+        """Of what is missing in x [N, inputs] to what is wanted [N, inputs], at the tokens that count."""
+        self.add(x[counts], wanted[counts].float() - x[counts].float())
 
     def regularised(self) -> Tensor:
         """x'x with the ridge on its diagonal. Raises UserError where the activations were not finite."""
@@ -116,7 +123,8 @@ def heal(model: nn.Module, streams: Sequence[Stream], autocast: Autocast = conte
     for i, block in enumerate(tqdm(streams[0].blocks, desc="healing", delay=3, leave=False)):
         if len(block) == 2:
             _heal_attention(model, streams, i, autocast)
-            _heal_mlps(streams, i, autocast)
+            _heal_mlp_inputs(streams, i, autocast)
+            _heal_outputs(streams, i, autocast)
         for stream in streams:
             with autocast():
                 stream.hidden = stream.through(i)
@@ -143,24 +151,42 @@ def check_healable(model: nn.Module) -> None:
 
 
 def _heal_attention(model: nn.Module, streams: Sequence[Stream], i: int, autocast: Autocast) -> None:
-    """Step 1; keeps what the layers make of their input in order as the streams' targets."""
-    second, _ = streams[0].blocks[i][1]
+    """Step 1. The streams keep what the layers do in order, for the steps after it."""
+    first, second = (layer for layer, _ in streams[0].blocks[i])
     norm = getattr(second, str(check_family(model.config.model_type).before_attention))
     moments = Moments()
     for stream in streams:
-        with sequential(model), autocast(), _inputs(second.self_attn) as inputs:
+        with sequential(model), autocast(), _inputs(second.self_attn, first.mlp, second.mlp) as inputs:
             stream.target = stream.through(i)
-        read = norm(stream.hidden).flatten(0, 1)[stream.counts].float()
-        moments.add(read, inputs[0][stream.counts] - read)
+        wanted, *stream.mlp_inputs = inputs
+        moments.add_change(norm(stream.hidden).flatten(0, 1), wanted, stream.counts)
+    _read_changed(second.self_attn, moments)
+
+
+def _heal_mlp_inputs(streams: Sequence[Stream], i: int, autocast: Autocast) -> None:
+    """Step 2."""
+    mlps = [layer.mlp for layer, _ in streams[0].blocks[i]]
+    moments = [Moments() for _ in mlps]
+    for stream in streams:
+        with autocast(), _inputs(*mlps) as inputs:
+            stream.through(i)
+        for of_mlp, read, wanted in zip(moments, inputs, stream.mlp_inputs, strict=True):
+            of_mlp.add_change(read, wanted, stream.counts)
+    for mlp, of_mlp in zip(mlps, moments, strict=True):
+        _read_changed(mlp, of_mlp)
+
+
+def _read_changed(block: nn.Module, moments: Moments) -> None:
+    """Has the projections that read the block's input read it changed, as ``moments`` say."""
     change, xx = moments.solve(), moments.regularised()
-    for name, module in second.self_attn.named_children():
-        if isinstance(module, LoraLayer) and name != "o_proj":
+    for name, module in block.named_children():
+        if isinstance(module, LoraLayer) and name not in ("o_proj", "down_proj"):
             weight = dequantize_module_weight(module.get_base_layer()).to(change)
             _adapt(module, reduced_rank(change @ weight.T, xx, _rank(module)))
 
 
-def _heal_mlps(streams: Sequence[Stream], i: int, autocast: Autocast) -> None:
-    """Step 2."""
+def _heal_outputs(streams: Sequence[Stream], i: int, autocast: Autocast) -> None:
+    """Step 3."""
     downs = [layer.mlp.down_proj for layer, _ in streams[0].blocks[i]]
     moments = Moments()
     for stream in streams:
