@@ -60,7 +60,7 @@ def test_a_run_chooses_its_pairs_and_writes_them_down(
     select(place, tmp_path / "out", "--greedy", "2")
     firsts = [step["first"] for step in sections(tmp_path / "out")["greedy"]["figures"]]
     pairs = sorted([first, first + 1] for first in firsts)
-    assert config["plan"] == {"pairs": pairs, "algebra": "lp"}
+    assert config["plan"] == {"pairs": pairs, "algebra": "lp", "kind": "pair", "remove": None}
     assert json.loads((tmp_path / "run" / "report.json").read_text())["plan"]["pairs"] == pairs
     assert re.search(
         r"auto:2: 2 pairs \(.*\), depth 6 -> 4, KL \d\.\d+ nats per token there; kept in .*greedy.json", printed
