@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. lora.target_modules=[down_proj]")
-    parser.add_argument("--tokens", type=int, default=98304, help="of data.train that are fitted; fewer are faster")
+    parser.add_argument("--tokens", type=int, default=65536, help="of data.train that are fitted; fewer are faster")
     parser.add_argument("--rank", help="of the adapters, or full; lora.r when left out")
     parser.add_argument("--out", help="the folder to write; runs/NAME-healed when left out")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in that folder")
