@@ -1,4 +1,10 @@
-"""The one exception type for mistakes of the user."""
+"""The one exception type for mistakes of the user, and how commands tell them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
 
 
 class UserError(ValueError):
@@ -7,3 +13,19 @@ class UserError(ValueError):
     Commands print it without a traceback (``--debug`` shows one) and exit with code 2. Everything else that
     is raised is a bug of ours and keeps its traceback.
     """
+
+    line_is_open = False  # whether a progress bar has left its line open when it is told
+
+
+def exit_code(command: Callable[[], Any], debug: bool = False) -> int:
+    """Runs a command: 0, or 2 for a mistake of the user, told in one line; ``debug`` keeps the traceback instead."""
+    try:
+        command()
+    except UserError as error:
+        if debug:
+            raise
+        if error.line_is_open:
+            print(file=sys.stderr)
+        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
+        return 2
+    return 0

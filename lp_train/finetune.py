@@ -44,9 +44,9 @@ from lp_train.distill import fp8
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.callbacks import Console, MetricsFile
 from lp_train.distill.compiled import choose_engine
-from lp_train.distill.trainer import CheckpointNotSaved, PairedTrainer, TrainingDiverged, peak_memory_gib
+from lp_train.distill.trainer import PairedTrainer, peak_memory_gib
 from lp_train.dry_run import dry_run
-from lp_train.errors import UserError
+from lp_train.errors import UserError, exit_code
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
@@ -76,17 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
     try:
-        run(load_config(options.config, options.overrides), options)
-    except UserError as error:
-        if options.debug:
-            raise
-        if isinstance(error, TrainingDiverged | CheckpointNotSaved):  # the progress bar has left its line open
-            print(file=sys.stderr)
-        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
-        return 2
+        return exit_code(lambda: run(load_config(options.config, options.overrides), options), options.debug)
     except Preempted:
         return EXIT_PREEMPTED
-    return 0
 
 
 def run(config: Config, options: argparse.Namespace) -> None:

@@ -34,20 +34,15 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from benchmarks import draft, harness, infer, losses, predict, results, sweep, table, training
 from benchmarks.case import SHAPES, Case
 from lp_train import models
+from lp_train.cluster.launch import quieten_libraries
 from lp_train.config import load_config
-from lp_train.errors import UserError
-from lp_train.finetune import quieten_libraries
+from lp_train.errors import UserError, exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     quieten_libraries()
-    try:
-        options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: options.run(options))
 
 
 def train(options: argparse.Namespace) -> None:

@@ -29,13 +29,13 @@ if importlib.util.find_spec("lm_eval") is None:
 from accelerate import PartialState
 
 from lp_train import models, track
+from lp_train.cluster.launch import check_engine, quieten_libraries, use_all_cores
 from lp_train.config import load_config
-from lp_train.errors import UserError
+from lp_train.errors import UserError, exit_code
 from lp_train.evaluation.page import plain
 from lp_train.evaluation.run import evaluate, write
 from lp_train.evaluation.runs import refresh
 from lp_train.evaluation.tables import fidelity_table, task_table
-from lp_train.finetune import check_engine, quieten_libraries, use_all_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,14 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
-    try:
-        run(options)
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options), options.debug)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -23,9 +23,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from accelerate import PartialState
 
 from lp_train import models
-from lp_train.errors import UserError
+from lp_train.cluster.launch import quieten_libraries
+from lp_train.errors import exit_code
 from lp_train.export import FORMS, export, push
-from lp_train.finetune import quieten_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,17 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     quieten_libraries()
     PartialState(cpu=models.device().type == "cpu")
-    try:
-        export(options.run, options.out, options.form, options.merge)
-        print(f"written: {options.out}")
-        if options.push:
-            print(f"uploaded: {push(options.out, options.push)}")
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options), options.debug)
+
+
+def run(options: argparse.Namespace) -> None:
+    export(options.run, options.out, options.form, options.merge)
+    print(f"written: {options.out}")
+    if options.push:
+        print(f"uploaded: {push(options.out, options.push)}")
 
 
 if __name__ == "__main__":

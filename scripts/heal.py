@@ -33,7 +33,7 @@ from lp_train.config import Config, load_config
 from lp_train.data import RowCollator, build_data
 from lp_train.distill.replay import run_prefix
 from lp_train.distill.trainer import peak_memory_gib
-from lp_train.errors import UserError
+from lp_train.errors import UserError, exit_code
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import as_it_is
@@ -58,14 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
-    try:
-        run(read_config(options), options.tokens, options.overwrite)
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(read_config(options), options.tokens, options.overwrite), options.debug)
 
 
 def read_config(options: argparse.Namespace) -> Config:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from lp_train.errors import UserError
+from lp_train.errors import UserError, exit_code
 from lp_train.evaluation.runs import compare_runs, refresh
 
 
@@ -29,18 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="where the comparison of several runs goes")
     options = parser.parse_args(arguments)
-    try:
-        if len(options.runs) > 1 and options.out is None:
-            raise UserError("several runs: their comparison needs a folder; add --out FOLDER")
-        for folder in options.runs:
-            refresh(folder)
-        if len(options.runs) > 1:
-            print(compare_runs(options.runs, options.out))
-        print(f"written: {options.out or options.runs[0]}/report.md, report.html, plots/")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    if len(options.runs) > 1 and options.out is None:
+        raise UserError("several runs: their comparison needs a folder; add --out FOLDER")
+    for folder in options.runs:
+        refresh(folder)
+    if len(options.runs) > 1:
+        print(compare_runs(options.runs, options.out))
+    print(f"written: {options.out or options.runs[0]}/report.md, report.html, plots/")
 
 
 if __name__ == "__main__":

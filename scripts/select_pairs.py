@@ -34,7 +34,7 @@ from lp_train import models
 from lp_train.cluster.launch import check_engine, keep_freed_memory, leave, quieten_libraries, use_all_cores
 from lp_train.config import CALIBRATION_FRACTION, Config, load_config
 from lp_train.data import build_data
-from lp_train.errors import UserError
+from lp_train.errors import UserError, exit_code
 from lp_train.evaluation.page import Table, plain
 from lp_train.finetune import check_base
 from lp_train.pairing import AutoPairs
@@ -70,14 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
-    try:
-        run(options)
-    except UserError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(options), options.debug)
 
 
 def run(options: argparse.Namespace) -> None:

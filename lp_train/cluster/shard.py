@@ -20,8 +20,8 @@ def shard_layers(model: nn.Module, **options: Any) -> nn.Module:
 
     ``options``: those of ``fully_shard`` (mesh, policies).
     """
-    layers = decoder_of(model).layers
-    for block in _units(model):
+    layers, (plan, _) = decoder_of(model).layers, plan_of(model)
+    for block in plan.blocks_from(0):
         fully_shard([layers[i] for i in block], **options)
     return model
 
@@ -40,9 +40,3 @@ def inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
 def sharded_parameters(model: nn.Module) -> int:
     """How many parameters are held in parts: by FSDP2 or by ZeRO-3."""
     return sum(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
-
-
-def _units(model: nn.Module) -> list[list[int]]:
-    """The layers of each unit: a single layer, or the two of a pair."""
-    plan, _ = plan_of(model)
-    return [*([i] for i in range(plan.first_layer)), *(list(block) for block in plan.blocks)]

@@ -16,8 +16,8 @@ from transformers.masking_utils import create_masks_for_generate
 from lp_train.distill import packed_attention
 from lp_train.pairing import plan_of, sequential
 from lp_train.pairing.families import check_family, decoder_of
+from lp_train.pairing.pairs import LayerCall
 
-LayerCall = tuple[nn.Module, dict[str, Any]]  # a decoder layer and its keyword arguments
 RunBlock = Callable[[Tensor, Sequence[LayerCall]], Tensor]
 
 

@@ -44,9 +44,13 @@ RISE = 3.0  # a loss this many times the one of the first log line will not come
 class TrainingDiverged(UserError):
     """The loss is not finite, or far above where it started."""
 
+    line_is_open = True
+
 
 class CheckpointNotSaved(UserError):
     """No room or no right to write it."""
+
+    line_is_open = True
 
 
 class PairedTrainer(SFTTrainer):

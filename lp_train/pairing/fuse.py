@@ -23,6 +23,7 @@ from lp_train.errors import UserError
 from lp_train.modeling_layer_parallel import CLASSES
 from lp_train.pairing.families import FAMILIES, decoder_of
 from lp_train.pairing.pairs import plan_of
+from lp_train.pairing.plan import blocks_of
 
 FUSABLE = ("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 NORM_OF = {name: "input_layernorm" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj")} | {
@@ -70,10 +71,8 @@ def blocks(model: nn.Module, form: str = "fused") -> tuple[list[Block], dict[tup
     if plan.kind != "pair":
         raise UserError(f"plan.kind {plan.kind}: a control of training, which has no fused or paired form")
     reasons = {pair: "the form is paired" if form == "paired" else fusable(model, pair) for pair in plan.pairs}
-    wide = [pair for pair, reason in reasons.items() if reason is None]
-    fused = {i for pair in wide for i in pair}
-    alone: list[Block] = [(i,) for i in range(plan.num_layers) if i not in fused]
-    return sorted([*wide, *alone]), {pair: reason for pair, reason in reasons.items() if reason}
+    wide = [first for (first, _), reason in reasons.items() if reason is None]
+    return blocks_of(wide, 0, plan.num_layers), {pair: reason for pair, reason in reasons.items() if reason}
 
 
 def fuse(model: nn.Module) -> PreTrainedModel:

@@ -27,12 +27,11 @@ from tqdm import tqdm
 
 from lp_train.errors import UserError
 from lp_train.pairing.families import FAMILIES, check_family, decoder_of
-from lp_train.pairing.pairs import plan_of, sequential
+from lp_train.pairing.pairs import LayerCall, plan_of, sequential
 
 RIDGE = 1e-3  # of the mean diagonal of the inputs' second moments
 TURNS = 4  # of the two down projections under a rank: the gain of the next one is a hundredth of the first's
 
-LayerCall = tuple[nn.Module, dict[str, Any]]  # a decoder layer and its keyword arguments
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
 

@@ -23,11 +23,10 @@ from lp_train.pairing.families import Family, check_branches, check_family, deco
 from lp_train.pairing.plan import PairPlan
 
 ALGEBRAS = ("lp", "par")
+LayerCall = tuple[nn.Module, dict[str, Any]]  # a decoder layer and its keyword arguments
 
 
-def pair_output(
-    family: Family, algebra: str, first: tuple[nn.Module, dict[str, Any]], second: tuple[nn.Module, dict], x: Tensor
-) -> Tensor:
+def pair_output(family: Family, algebra: str, first: LayerCall, second: LayerCall, x: Tensor) -> Tensor:
     """Two layers side by side on x [B, T, D], each with the keyword arguments of its own call; the equations are in
     :func:`pair_layers`."""
     attention1, attention2 = (family.attention_branch(layer, x, kwargs) for layer, kwargs in (first, second))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -107,9 +107,11 @@ class PairPlan:
     @property
     def blocks(self) -> list[tuple[int, ...]]:
         """The layers from the first pair on, in order: two for a pair, else one. In a control all run one by one."""
-        paired = {i for pair in self.pairs for i in pair}
-        alone = [(i,) for i in range(self.first_layer, self.num_layers) if i not in paired]
-        return sorted([*self.pairs, *alone])
+        return self.blocks_from(self.first_layer)
+
+    def blocks_from(self, layer: int) -> list[tuple[int, ...]]:
+        """The same from any layer on that is not the second of a pair."""
+        return blocks_of((first for first, _ in self.pairs), layer, self.num_layers)
 
     @property
     def effective_depth(self) -> int:
@@ -175,6 +177,13 @@ class AutoPairs:
             most = f"{num_layers} layers make {num_layers // 2} pairs at most"
             raise UserError(f"plan.pairs 'auto:{self.limit:.0f}': {most}; give auto:{num_layers // 2} or less")
         return int(self.limit) if self.kind == "pairs" else num_layers - math.floor(self.limit * num_layers + 1e-9)
+
+
+def blocks_of(pairs: Iterable[int], start: int, end: int) -> list[tuple[int, ...]]:
+    """The layers from ``start`` to before ``end`` in order, two for a pair, else one; ``pairs``: the first layers of
+    those that are paired."""
+    firsts = {first for first in pairs if start <= first < end}
+    return [(i, i + 1) if i in firsts else (i,) for i in range(start, end) if i - 1 not in firsts]
 
 
 def _read_window(spec: str, num_layers: int) -> list[tuple[int, int]]:

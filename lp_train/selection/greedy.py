@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lp_train.errors import UserError
 from lp_train.pairing import AutoPairs
+from lp_train.pairing.plan import blocks_of
 from lp_train.selection.calibration import Calibration
-from lp_train.selection.stack import Stack, blocks_of
+from lp_train.selection.stack import Stack
 
 AT_A_TIME = 16  # candidates whose final states exist together
 

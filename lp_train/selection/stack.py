@@ -12,14 +12,9 @@ from lp_train.distill.replay import layer_calls
 from lp_train.errors import UserError
 from lp_train.pairing import pair_output
 from lp_train.pairing.families import check_family, decoder_of
+from lp_train.pairing.plan import blocks_of
 
 Block = tuple[int, ...]  # one layer, or the two of a pair
-
-
-def blocks_of(pairs: Iterable[int], start: int, end: int) -> list[Block]:
-    """The layers from ``start`` to before ``end`` in order; ``pairs``: the first layers of the pairs among them."""
-    firsts = {first for first in pairs if start <= first < end}
-    return [(i, i + 1) if i in firsts else (i,) for i in range(start, end) if i - 1 not in firsts]
 
 
 class Stack:

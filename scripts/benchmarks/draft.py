@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.infer import origin
+from benchmarks.table import markdown
 from lp_train import models
 from lp_train.config import load_config
 from lp_train.data import build_data
@@ -106,9 +107,11 @@ def _assisted(
 def command(options: argparse.Namespace) -> None:
     """Prints a table and, as the last line, one JSON object."""
     found = run(options)
-    print("| draft | drafted | tokens per forward | identical | speed-up |\n| --- | ---: | ---: | ---: | ---: |")
-    for c in found["drafts"]:
-        print(f"| {c['draft']} | {c['length']} | {c['accepted']:.2f} | {c['identical']:.0%} | {c['speedup']:.2f} x |")
+    rows = [
+        [c["draft"], str(c["length"]), f"{c['accepted']:.2f}", f"{c['identical']:.0%}", f"{c['speedup']:.2f} x"]
+        for c in found["drafts"]
+    ]
+    print(markdown(("draft", "drafted", "tokens per forward", "identical", "speed-up"), rows))
     print(f"\n{json.dumps(found)}")
 
 

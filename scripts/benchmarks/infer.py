@@ -39,7 +39,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from benchmarks import infer_table
 from benchmarks.results import appender, identity
 from benchmarks.stepper import RANK, WARMUP, WORLD, Stepper, copy_speed, kernels, timed
-from lp_train.errors import UserError
+from lp_train.errors import UserError, exit_code
 from lp_train.pairing import PairPlan, pair_layers, plan_of, unpair_layers
 from lp_train.pairing.families import decoder_of
 from lp_train.pairing.fuse import fuse
@@ -313,7 +313,5 @@ def command(options: Options) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    try:
-        command(parser.parse_args())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    options = parser.parse_args()
+    sys.exit(exit_code(lambda: command(options)))

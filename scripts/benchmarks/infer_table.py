@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.table import markdown, plt
+
 SAME = ("device", "world", "machine", "versions", "commit", "code")
 KEY = ("mode", "what", "batch", "context")
 
@@ -45,8 +47,7 @@ def table(found: dict[str, Any]) -> str:
     )
     header = ("what", "mode", "batch", "context", "form", "ms", "tokens/s", "GB/s", "of copy", "speed-up")
     cells = sorted(found["cells"], key=lambda c: tuple(c[name] for name in ("what", *KEY[:1], *KEY[2:])))
-    rows = [header, ["---"] * 2 + ["---:"] * 2 + ["---"] + ["---:"] * 5, *map(_row, cells)]
-    return head + "\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return f"{head}\n\n{markdown(header, map(_row, cells), left=(0, 1, 4))}"
 
 
 def _row(cell: dict[str, Any]) -> list[str]:
@@ -62,11 +63,6 @@ def _row(cell: dict[str, Any]) -> list[str]:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """The speed-up of the fused model over the batch, a line for each mode and context of decoding."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     cells = [c for c in found["cells"] if c["form"] == "fused" and c["what"] == "decode" and c["speedup"]]
     figure, axes = plt.subplots(figsize=(6, 4))
     for mode, context in sorted({(c["mode"], c["context"]) for c in cells}):

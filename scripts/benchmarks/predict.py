@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.table import markdown
 from lp_train.errors import UserError
 
 PER_LAYER, BESIDE = 2, 2
@@ -52,13 +53,14 @@ def predict(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    header = "| link | GPUs | mode | batch | context | layers | sequential ms | fused ms | speed-up, predicted |"
+    header = ("link", "GPUs", "mode", "batch", "context", "layers", "sequential ms", "fused ms", "speed-up, predicted")
     rows = [
-        f"| {c['link']} | {c['gpus']} | {c['mode']} | {c['batch']} | {c['context']} | {c['layers']} | "
-        f"{c['predicted_ms']['sequential']:.2f} | {c['predicted_ms']['fused']:.2f} | {c['predicted_speedup']:.2f} x |"
+        [c["link"], *(str(c[name]) for name in ("gpus", "mode", "batch", "context", "layers"))]
+        + [f"{c['predicted_ms'][form]:.2f}" for form in ("sequential", "fused")]
+        + [f"{c['predicted_speedup']:.2f} x"]
         for c in lines
     ]
-    return "\n".join(["PREDICTED, not measured", "", header, "| --- " + "| ---: " * 8 + "|", *rows])
+    return "PREDICTED, not measured\n\n" + markdown(header, rows)
 
 
 def command(options: argparse.Namespace) -> None:

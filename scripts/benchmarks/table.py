@@ -22,8 +22,9 @@ def cell(value: float | None, form: str) -> str:
     return "not run" if value is None else form.format(value)
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """A table; ``left``: the columns that hold text, all others are numbers."""
+    lines = [header, ["---" if i in left else "---:" for i in range(len(header))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
