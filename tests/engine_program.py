@@ -5,12 +5,17 @@ trainer goes the way that it goes on GPUs. Whether to use it and which engine co
 """
 
 import sys
+from importlib.util import find_spec
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 
 def pretend() -> None:
+    if find_spec("deepspeed"):
+        import deepspeed.comm.torch
+
+        deepspeed.comm.torch.build_shm_op = lambda: None  # a minute of compiling, to be a little faster than gloo
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     PartialState(cpu=False)
 

@@ -18,6 +18,12 @@ from lp_train.errors import UserError
 WHOLE = ("NO", "DDP")  # every process holds everything: one process, or data parallelism
 IN_PARTS = ("FSDP2", "ZeRO-3")  # every process holds a part of the weights
 SHARDED = (*IN_PARTS, "ZeRO-2")  # or of the optimizer at least
+FSDP_NEEDS = {
+    "STATE_DICT_TYPE": ("FULL_STATE_DICT", "any number of processes must be able to resume"),
+    "CPU_RAM_EFFICIENT_LOADING": ("false", "every process looks at the weights before they are cut"),
+    "ACTIVATION_CHECKPOINTING": ("false", "use train.gradient_checkpointing"),
+    "OFFLOAD_PARAMS": ("false", "the loss needs the head on the GPU"),
+}
 
 
 def asked() -> str:
@@ -31,6 +37,14 @@ def asked() -> str:
 
 def uses_deepspeed() -> bool:
     return asked().startswith("ZeRO")
+
+
+def broken_options() -> str | None:
+    """A line on the first option of FSDP in accelerate's configuration that does not go with this program."""
+    for name, (needed, reason) in FSDP_NEEDS.items():
+        if asked() == "FSDP2" and (value := os.environ.get(f"FSDP_{name}", "")) != needed and (value or name[0] == "S"):
+            return f"fsdp_{name.lower()} {value or 'not given'}: {reason}; set it to {needed} in accelerate's configuration"
+    return None
 
 
 def fit_deepspeed(config: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ def quieten_libraries() -> None:
     """Hides what libraries say about themselves; what they say about the run stays."""
     warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT, of a base that is no hub model
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")  # DeepSpeed, in each step
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -43,6 +44,8 @@ def check_engine(state: PartialState) -> None:
         )
     if wanted not in (*engine.WHOLE, *engine.SHARDED):
         raise UserError(f"accelerate's engine {wanted}: not supported; use one of configs/accelerate/*.yaml")
+    if broken := engine.broken_options():
+        raise UserError(broken)
     if wanted in engine.SHARDED and state.distributed_type.value in ("NO", "MULTI_CPU"):
         raise UserError(
             f"accelerate's engine {wanted}: on CPUs accelerate would go on without it and say nothing; use GPUs, or "

@@ -41,12 +41,13 @@ def shard_layers(model: nn.Module, **options: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside: parameters that ZeRO-3 holds in parts are whole. All processes must enter it."""
-    parts = [p for p in parameters if hasattr(p, "ds_id")]
+    """Inside: parameters that ZeRO-3 holds in parts are whole. All processes must enter it. In the forward of another
+    module to ask for a parameter is enough: DeepSpeed has put it together then."""
+    parts = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
     if not parts:
         yield
         return
-    from deepspeed.zero import GatheredParameters  # an extra
+    from deepspeed.runtime.zero import GatheredParameters  # an extra
 
     with GatheredParameters(parts):
         yield
@@ -84,6 +85,8 @@ def inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
 def held(model: nn.Module) -> tuple[int, int]:
     """(elements of the parameters that this process holds, of all parameters)."""
     ours = everything = 0
+    if isinstance(model, FSDPModule):
+        model.reshard()  # what is outside of the layers stays whole after a forward without a backward
     for p in model.parameters():
         part = p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p)
         ours, everything = ours + part.numel(), everything + getattr(p, "ds_numel", p.numel())

@@ -104,6 +104,8 @@ class PairedTrainer(SFTTrainer):
                 parameter.data = parameter.data.to(dtype)
         if self.is_deepspeed_enabled:
             engines.fit_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.auto_wrap_policy = None  # it looks for a class that pairing has replaced
         self.model_accepts_loss_kwargs = True  # our loss divides by the global number of trained tokens itself
         self.loss, self.measure, self.engine = loss, measure, engine
         self.tokens_per_step, self.flops, self.peak_flops = tokens_per_step, flops, peak_flops
