@@ -331,8 +331,8 @@ def check_adapter(model: nn.Module, folder: Path, live: dict[str, Tensor]) -> No
     if wrong or empty or len(saved) != len(live):
         first = sorted(wrong or empty or live)[0]
         raise UserError(
-            f"{folder}: {len(saved)} tensors were saved of {len(live)} that are trained, {len(wrong)} differ from memory "
-            f"({first} first): this adapter is not whole; use configs/accelerate/ddp.yaml and report it"
+            f"{folder}: {len(saved)} tensors saved of {len(live)} that are trained, {len(wrong)} differ from those in "
+            f"memory ({first} first): this adapter is not whole; use configs/accelerate/ddp.yaml and report it"
         )
 
 

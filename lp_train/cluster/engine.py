@@ -18,11 +18,11 @@ from lp_train.errors import UserError
 WHOLE = ("NO", "DDP")  # every process holds everything: one process, or data parallelism
 IN_PARTS = ("FSDP2", "ZeRO-3")  # every process holds a part of the weights
 SHARDED = (*IN_PARTS, "ZeRO-2")  # or of the optimizer at least
-FSDP_NEEDS = {
-    "STATE_DICT_TYPE": ("FULL_STATE_DICT", "any number of processes must be able to resume"),
-    "CPU_RAM_EFFICIENT_LOADING": ("false", "every process looks at the weights before they are cut"),
-    "ACTIVATION_CHECKPOINTING": ("false", "use train.gradient_checkpointing"),
-    "OFFLOAD_PARAMS": ("false", "the loss needs the head on the GPU"),
+FSDP_NEEDS = {  # option: the value that it must have, what it is when not given, why
+    "state_dict_type": ("FULL_STATE_DICT", "SHARDED_STATE_DICT", "any number of processes must be able to resume"),
+    "cpu_ram_efficient_loading": ("false", "false", "every process looks at the weights before they are cut"),
+    "activation_checkpointing": ("false", "false", "use train.gradient_checkpointing"),
+    "offload_params": ("false", "false", "the loss needs the head on the GPU"),
 }
 
 
@@ -41,9 +41,10 @@ def uses_deepspeed() -> bool:
 
 def broken_options() -> str | None:
     """A line on the first option of FSDP in accelerate's configuration that does not go with this program."""
-    for name, (needed, reason) in FSDP_NEEDS.items():
-        if asked() == "FSDP2" and (value := os.environ.get(f"FSDP_{name}", "")) != needed and (value or name[0] == "S"):
-            return f"fsdp_{name.lower()} {value or 'not given'}: {reason}; set it to {needed} in accelerate's configuration"
+    for name, (needed, default, reason) in FSDP_NEEDS.items():
+        value = os.environ.get(f"FSDP_{name.upper()}", default)
+        if asked() == "FSDP2" and value != needed:
+            return f"fsdp_{name} {value}: {reason}; set it to {needed} in accelerate's configuration"
     return None
 
 
@@ -91,16 +92,17 @@ def look(prepared: nn.Module, ours: int, everything: int) -> dict[str, Any]:
     """
     ready = dist.is_initialized()
     world, backend = (dist.get_world_size(), dist.get_backend()) if ready else (1, None)
-    found = {"engine": seen(prepared), "processes": world, "backend": backend, "share_held": ours / everything}
+    share = ours / everything
+    found = {"engine": seen(prepared), "processes": world, "backend": backend, "share_held": share}
     wanted = {"engine": asked(), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
     if (differing := next((name for name in wanted if wanted[name] != found[name]), None)) is not None:
         raise UserError(
             f"accelerate's {differing} {wanted[differing]}: asked for, but {found[differing]} runs; launch with one of "
             "configs/accelerate/*.yaml"
         )
-    if asked() in IN_PARTS and world > 1 and found["share_held"] > 1.5 / world:
+    if asked() in IN_PARTS and world > 1 and share > 1.5 / world:
         raise UserError(
             f"accelerate's engine {asked()}: each of {world} processes should hold a part of the weights, this one "
-            f"holds {found['share_held']:.0%}; launch with one of configs/accelerate/*.yaml"
+            f"holds {share:.0%}; launch with one of configs/accelerate/*.yaml"
         )
     return found

@@ -43,7 +43,7 @@ def shard_layers(model: nn.Module, **options: Any) -> nn.Module:
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Inside: parameters that ZeRO-3 holds in parts are whole. All processes must enter it. In the forward of another
     module to ask for a parameter is enough: DeepSpeed has put it together then."""
-    parts = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
+    parts = [p for p in parameters if (status := getattr(p, "ds_status", None)) and status.name == "NOT_AVAILABLE"]
     if not parts:
         yield
         return

@@ -131,7 +131,7 @@ class PairedTrainer(SFTTrainer):
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Right after accelerate has prepared the optimizer. Of a model that is sharded already it looks the parameters
         up by address, which those of which this process holds nothing share."""
-        if engines.asked() == "FSDP2":
+        if engines.asked() == "FSDP2" and self.optimizer is not None:
             for group, parameters in zip(self.optimizer.param_groups, self._of_optimizer, strict=True):
                 group["params"] = parameters
         return super().create_scheduler(*args, **kwargs)
