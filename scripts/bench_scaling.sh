@@ -30,7 +30,7 @@ launch() {
         *) environment+=(ACCELERATE_TORCH_DEVICE=cpu DS_ACCELERATOR=cpu) ;;
         esac
         set -- "$@" --layers 4 --vocab 64 --dtype float32 --seq 16
-        [ "$1" = step ] && set -- "${@//llama-8b/smollm2-135m}" --batch 2 --steps 3 --warmup 1 --no-compile
+        [ "$1" = step ] && set -- "${@//llama-*b/smollm2-135m}" --batch 2 --steps 3 --warmup 1 --no-compile
     fi
     env "${environment[@]}" timeout -k 10 $((left < seconds ? left : seconds)) python3 -m accelerate.commands.launch \
         --config_file "configs/accelerate/$engine.yaml" --num_processes "$processes" --main_process_port 0 \
@@ -59,7 +59,7 @@ for part in ${parts:-ddp fsdp2 zero3 runs 70b}; do
         ;;
     zero3) launch 100 zero3 zero3 "$gpus" step --shape llama-8b --steps 6 --warmup 2 ;;
     70b)
-        launch 150 fsdp2-70b fsdp2 "$gpus" step --shape llama-70b --batch 4 --steps 3 --warmup 2 --gradient-checkpointing
+        launch 150 fsdp2-70b fsdp2 "$gpus" step --shape llama-70b --in-parts --batch 4 --steps 3 --warmup 2 --gradient-checkpointing
         ;;
     runs)
         engines="ddp fsdp2 zero3"

@@ -71,7 +71,8 @@ def step(options: argparse.Namespace) -> None:
     case = Case.of(options, processes=state.num_processes)
     clock, profiled = StepClock(case.warmup, case.steps), AtStep(profiled=case.warmup + case.steps + 1)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(case, state, Path(folder), [clock, profiled], max_steps=profiled.profiled)
+        more: dict[str, Any] = {"in_parts": options.in_parts, "max_steps": profiled.profiled}
+        trainer = make_trainer(case, state, Path(folder), [clock, profiled], **more)
         if state.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
@@ -117,11 +118,16 @@ def start() -> PartialState:
 
 
 def make_trainer(
-    case: Case, state: PartialState, folder: Path, callbacks: list[TrainerCallback], **options: Any
+    case: Case,
+    state: PartialState,
+    folder: Path,
+    callbacks: list[TrainerCallback],
+    in_parts: bool = False,
+    **options: Any,
 ) -> PairedTrainer:
     config = build_config(case, case.gradient_checkpointing)
     config.train.update(options)
-    model = build_sharded(case, config, state) if engine.asked() == "FSDP2" else build(case, config, state.device)
+    model = build_in_parts(case, config, state) if in_parts else shard(build(case, config, state.device))
     dtype = models.resolve_dtype(case.dtype, state.device)
     common: dict[str, Any] = {"model": model, "train_dataset": random_rows(case), "callbacks": callbacks}
     common["args"] = training_arguments(config, folder, state, dtype, "none")
@@ -133,10 +139,8 @@ def build(case: Case, config: Config, device: torch.device) -> nn.Module:
     return attach(base, plan(case), config)
 
 
-def build_sharded(case: Case, config: Config, state: PartialState) -> nn.Module:
-    """The same weights, cut; of a shape of which one GPU does not hold all, other ones, made in parts."""
-    if case.shape != "llama-70b":
-        return shard(build(case, config, state.device))
+def build_in_parts(case: Case, config: Config, state: PartialState) -> nn.Module:
+    """Under FSDP2: other random weights, of a shape of which one GPU does not hold all."""
     dtype = models.resolve_dtype(case.dtype, state.device)
     model = shard(build_on_meta(model_config(case), plan(case), config, dtype)).to_empty(device=state.device)
     with torch.no_grad():
@@ -145,7 +149,7 @@ def build_sharded(case: Case, config: Config, state: PartialState) -> nn.Module:
             if "lora_B" in name:
                 p.to_local().zero_()
     rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
-    fresh = type(rotary)(model.config, device=state.device)
+    fresh = type(rotary)(model.config)
     for name, buffer in rotary.named_buffers():
         buffer.copy_(fresh.get_buffer(name))
     return model
@@ -200,7 +204,10 @@ def show(options: argparse.Namespace) -> None:
         print(
             f"| {line['cell']} | {line['processes']} | {line['layers']} | {line['tokens_per_second']:,.0f} | {rest} |"
         )
-    found = {"steps": steps, "agree": agreements(options.out, {line["cell"]: line["losses"] for line in runs})}
+    found: dict[str, Any] = {
+        "steps": steps,
+        "agree": agreements(options.out, {line["cell"]: line["losses"] for line in runs}),
+    }
     for name, figures in found["agree"].items():
         print(f"{name}: {figures}")
     print(f"\n{json.dumps(found)}")
@@ -242,6 +249,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--shape", choices=SHAPES, required=True)
     for name in ("batch", "seq", "steps", "warmup"):
         one.add_argument(f"--{name}", type=int, default=getattr(default, name))
+    one.add_argument("--in-parts", action="store_true", help="no process ever holds all weights; FSDP2 only")
     one.add_argument("--no-compile", dest="compile", action="store_false")
     one.add_argument("--gradient-checkpointing", action="store_true")
     for name, value in {"rows": 8, "seq": 256, "steps": 12, "kill": 0}.items():
