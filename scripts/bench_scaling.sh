@@ -6,25 +6,26 @@
 #     scripts/bench_scaling.sh [OUT] [GPUS] [PART ...]        # default: runs/scaling 4 ddp fsdp2 zero3 runs 70b
 #     LP_TINY=1 scripts/bench_scaling.sh OUT 2                # the same calls on tiny models, processes on the CPU
 #
-# LP_SECONDS, 570 if not set: no part begins after so many seconds, and none goes on.
+# LP_SECONDS, 570 if not set: nothing begins or goes on after so many seconds.
 set -u
 cd "$(dirname "$0")/.." || exit
 out=${1:-runs/scaling} gpus=${2:-4}
-parts=${*:3}
+parts=${*:3} limit=${LP_SECONDS:-$([ -n "${LP_TINY:-}" ] && echo 3600 || echo 570)}
 mkdir -p "$out"
 export PYTHONPATH=.:scripts${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 export LP_COMMIT=${LP_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
 
 # $1: seconds, $2: cell, $3: accelerate's configuration, $4: processes, the rest: what is done
 launch() {
-    local left=$((${LP_SECONDS:-570} - SECONDS)) seconds=$1 cell=$2 engine=$3 processes=$4
+    local left=$((limit - SECONDS)) seconds=$1 cell=$2 engine=$3 processes=$4
     shift 4
     if [ "$left" -lt 30 ]; then
         echo "$cell: not run" >&2
         return
     fi
-    local environment=(CELL="$cell")
+    local environment=(LP_CELL="$cell")
     if [ -n "${LP_TINY:-}" ]; then
+        seconds=600
         case $engine in
         single | ddp) environment+=(ACCELERATE_USE_CPU=true) ;;
         *) environment+=(ACCELERATE_TORCH_DEVICE=cpu DS_ACCELERATOR=cpu) ;;
