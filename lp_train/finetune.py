@@ -235,8 +235,10 @@ def load_data(config: Config, args: SFTConfig, tokenizer: PreTrainedTokenizerBas
 def build_model(config: Config, plan: PairPlan, device: torch.device) -> nn.Module:
     """The base in pairs, with adapters or unfrozen layers, and the record of plan and base in its config."""
     engine.load_whole()
-    where = torch.device("cpu") if engine.asked() == "FSDP2" else device  # a GPU need not hold all of it
-    model = pair_layers(models.load_base(config.model, where), plan, config.plan.algebra)
+    keeps_copies = config.tune == "full" or plan.kind == "merge"  # of layers, which stay whole where they are made
+    on_cpu = engine.asked() == "FSDP2" and not keeps_copies  # a GPU need not hold all of it
+    base = models.load_base(config.model, torch.device("cpu") if on_cpu else device)
+    model = pair_layers(base, plan, config.plan.algebra)
     if config.tune == "full":
         keep_originals(model)
     model = attach(model, plan, config)

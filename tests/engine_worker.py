@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from benchmarks.cpu_engines import pretend
 from tiny_trainer import COLLATE, packed_rows, trainer_maker
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from benchmarks.cpu_engines import pretend
 from lp_train.cluster import engine, shard
 from lp_train.cluster.launch import leave
 from lp_train.distill.trainer import PairedTrainer
@@ -52,12 +53,20 @@ def run(model: Path, results: Path, name: str, case: dict[str, Any], state: Part
     return trainer
 
 
+def by_layer(model: nn.Module, **options: Any) -> nn.Module:
+    for layer in decoder_of(model).layers:
+        fully_shard(layer)
+    return model
+
+
 def main(model: str, results: str, unit: str = "pairs") -> None:
     if engine.asked() in engine.SHARDED:
         pretend()
     state = PartialState(cpu=engine.asked() in engine.WHOLE)
     if unit == "layers":
-        shard.shard_layers = lambda model, **options: [fully_shard(layer) for layer in decoder_of(model).layers] and model
+        shard.shard_layers = lambda model, **options: (
+            [fully_shard(layer) for layer in decoder_of(model).layers] and model
+        )
     for name, case in cases():
         run(Path(model), Path(results), name, case, state)
     leave(state)

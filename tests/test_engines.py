@@ -1,4 +1,4 @@
-"""DDP, FSDP2, ZeRO-2 and ZeRO-3 on two gloo processes against one process, through the trainer and the program itself."""
+"""DDP, FSDP2, ZeRO-2 and ZeRO-3 on two gloo processes against one, through the trainer and the program itself."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from engine_worker import cases, run
-from launched import ENGINES, Program, ends, losses, start_engine, weights
+from launched import ENGINES, ends, start_engine
 from safetensors.torch import load_file
 from test_two_processes import assert_same_figures
 from tiny_run import save_model
@@ -16,8 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from lp_train.cluster import engine
-from lp_train.cluster.launch import check_engine
-from lp_train.errors import UserError
 
 pytestmark = pytest.mark.slow
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -55,7 +53,7 @@ def test_an_engine_takes_the_step_of_one_process(name: str, model: Path, alone: 
     assert codes == [0, 0], output
     for case, _ in cases():
         found, expected = (json.loads((folder / f"{case}.json").read_text()) for folder in (tmp_path, alone))
-        assert (found["engine"], found["processes"], found["backend"]) == (name, 2, "gloo")
+        assert (found["engine"], found["num_processes"], found["backend"]) == (name, 2, "gloo")
         assert found["share_held"] == pytest.approx(0.5 if name in engine.IN_PARTS else 1.0, abs=0.01)
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert_same_figures(found["figures"], expected["figures"])

@@ -90,11 +90,12 @@ def look(prepared: nn.Module, ours: int, everything: int) -> dict[str, Any]:
     Raises:
         UserError: it is not what accelerate's configuration asks for.
     """
-    ready = dist.is_initialized()
+    ready, share = dist.is_initialized(), ours / everything
     world, backend = (dist.get_world_size(), dist.get_backend()) if ready else (1, None)
-    share = ours / everything
-    found = {"engine": seen(prepared), "processes": world, "backend": backend, "share_held": share}
-    wanted = {"engine": asked(), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
+    usual = "nccl" if any(p.is_cuda for p in prepared.parameters()) else "gloo"
+    found = {"engine": seen(prepared), "num_processes": world, "backend": backend, "share_held": share}
+    wanted = {"engine": asked(), "num_processes": int(os.environ.get("WORLD_SIZE", "1"))}
+    wanted["backend"] = usual if backend and usual not in backend else backend
     if (differing := next((name for name in wanted if wanted[name] != found[name]), None)) is not None:
         raise UserError(
             f"accelerate's {differing} {wanted[differing]}: asked for, but {found[differing]} runs; launch with one of "

@@ -71,9 +71,10 @@ def step(options: argparse.Namespace) -> None:
     case = Case.of(options, processes=state.num_processes)
     clock, profiled = StepClock(case.warmup, case.steps), AtStep(profiled=case.warmup + case.steps + 1)
     with tempfile.TemporaryDirectory() as folder:
-        more: dict[str, Any] = {"in_parts": options.in_parts, "max_steps": profiled.profiled}
-        trainer = make_trainer(case, state, Path(folder), [clock, profiled], **more)
+        callbacks, last = [clock, profiled], profiled.profiled
+        trainer = make_trainer(case, state, Path(folder), callbacks, options.in_parts, max_steps=last)
         if state.device.type == "cuda":
+            torch.cuda.empty_cache()  # of whole weights before they were cut
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     gib = torch.cuda.max_memory_allocated() / 2**30 if state.device.type == "cuda" else None
@@ -98,7 +99,7 @@ def train(options: argparse.Namespace) -> None:
     case = Case("smollm2-135m", options.rows // state.num_processes, options.seq, layers=options.layers)
     case = dataclasses.replace(case, vocab=options.vocab, dtype=options.dtype, compile=False, warmup=0)
     case = dataclasses.replace(case, steps=options.steps, processes=state.num_processes)
-    saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 1, "learning_rate": 5e-3}
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 1, "learning_rate": 5e-3}
     trainer = make_trainer(case, state, folder, [AtStep(killed=options.kill)], **saving)
     trainer.train(resume_from_checkpoint=str(newest(folder)) if options.resume else None)
     losses = {line["step"]: line["loss"] for line in trainer.state.log_history if "loss" in line}
@@ -193,21 +194,20 @@ def show(options: argparse.Namespace) -> None:
     """The table, what the runs agree on, and one JSON line."""
     lines = [json.loads(line) for line in (options.out / FILE).read_text().splitlines()]
     steps, runs = ([line for line in lines if name in line] for name in ("tokens_per_second", "losses"))
-    alone = {line["case"]["shape"]: line["tokens_per_second"] for line in steps if line["processes"] == 1}
+    alone = {line["case"]["shape"]: line["tokens_per_second"] for line in steps if line["num_processes"] == 1}
     print("| cell | GPUs | layers | tokens/s | of linear | GiB per GPU | communication, ms | exposed, ms |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for line in steps:
         base = alone.get(line["case"]["shape"])
-        line["of_linear"] = line["tokens_per_second"] / base / line["processes"] if base else None
+        line["of_linear"] = line["tokens_per_second"] / base / line["num_processes"] if base else None
         figures = (("of_linear", ".1%"), ("gib", ".1f"), ("communication_ms", ".1f"), ("exposed_ms", ".1f"))
         rest = " | ".join("not run" if line[name] is None else format(line[name], form) for name, form in figures)
-        print(
-            f"| {line['cell']} | {line['processes']} | {line['layers']} | {line['tokens_per_second']:,.0f} | {rest} |"
-        )
-    found: dict[str, Any] = {
-        "steps": steps,
-        "agree": agreements(options.out, {line["cell"]: line["losses"] for line in runs}),
-    }
+        rest = f"{line['layers']} | {line['tokens_per_second']:,.0f} | {rest}"
+        print(f"| {line['cell']} | {line['num_processes']} | {rest} |")
+    kept = "cell engine num_processes layers compiled tokens_per_second of_linear ms_of_blocks gib communication_ms "
+    kept += "exposed_ms share_held device commit"
+    found: dict[str, Any] = {"steps": [{name: line[name] for name in kept.split()} for line in steps]}
+    found["agree"] = agreements(options.out, {line["cell"]: line["losses"] for line in runs})
     for name, figures in found["agree"].items():
         print(f"{name}: {figures}")
     print(f"\n{json.dumps(found)}")
