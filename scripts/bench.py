@@ -22,7 +22,6 @@ Prints a table, and as the last line one JSON object.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -47,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> None:
     keep = {"keep": results.appender(options.out)} if options.out else {}
-    found = training.run(case_of(options), variants_of(options.variants), say, **keep)
+    found = training.run(Case.of(options), variants_of(options.variants), say, **keep)
     report(table.training(found), found)
 
 
@@ -58,7 +57,7 @@ def show(options: argparse.Namespace) -> None:
 
 def run_sweep(options: argparse.Namespace) -> None:
     axes = sweep.Axes(options.sequences, options.vocabularies, options.depths, options.tokens)
-    lines = sweep.run(case_of(options), axes, options.out, say)
+    lines = sweep.run(Case.of(options), axes, options.out, say)
     report(f"{table.sweep(lines)}\n\n{options.out}/sweep.jsonl, {options.out}/sweep.png", {"cells": lines})
 
 
@@ -83,10 +82,6 @@ def say(line: str) -> None:
 
 def report(text: str, found: dict[str, Any]) -> None:
     print(f"\n{text}\n\n{json.dumps(found)}", flush=True)
-
-
-def case_of(options: argparse.Namespace) -> Case:
-    return Case(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Case)})
 
 
 def variants_of(text: str) -> list[str]:
