@@ -9,23 +9,34 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from lp_train import models
 from lp_train.cluster.checkpoint import SAVING, newest_whole
 from lp_train.config import Config, config_to_yaml
 from lp_train.distill.trainer import TOTALS
 from lp_train.errors import UserError
-from lp_train.models import check_stamp
+from lp_train.evaluation import report as reports
 
 CONFIG = "resolved_config.yaml"  # written first; it marks a folder as ours
 LOCK = ".lock"  # there while a process writes the folder
-BEFORE_TRAINING = {CONFIG, LOCK, "wandb_id"}  # all that a run leaves which was stopped before its first step
+STARTS = "starts"  # what each start of the run was made by
+BEFORE_TRAINING = {
+    CONFIG,
+    LOCK,
+    STARTS,
+    "wandb_id",
+    "wandb",
+}  # all that a run leaves which was stopped before its first step
 
 
 def check_run_folder(config: Config, resume: bool, overwrite: bool) -> Path:
@@ -92,7 +103,7 @@ def checkpoint_to_resume(
     broadcast_object_list(newest)
     if newest[0] is None:
         return None
-    check_stamp(newest[0], model)
+    models.check_stamp(newest[0], model)
     written_by = json.loads((newest[0] / TOTALS).read_text())["processes"]
     if written_by != (ours := [state.num_processes, state.distributed_type.value]):
         was, now = (f"{number} x {engine}" for number, engine in (written_by, ours))
@@ -114,7 +125,32 @@ def open_run_folder(folder: Path, config: Config, state: PartialState, resume: b
             if path not in (new, old, folder / LOCK):
                 path.rename(old / path.name)
         os.replace(new / CONFIG, folder / CONFIG)
+        _record_start(folder, state)
         for emptied in (new, old):
             shutil.rmtree(emptied)
         shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a run that was killed while it saved
     state.wait_for_everyone()
+
+
+def _record_start(folder: Path, state: PartialState) -> None:
+    """``starts/N/``: configuration, command, environment, the code's changes since its commit, and the job script that
+    Slurm ran (``LP_SBATCH``), so that the folder tells by itself how it was made."""
+    found = reports.environment(state.device) | {"command": sys.argv, "host": socket.gethostname()}
+    found["job"], script = os.environ.get("SLURM_JOB_ID"), os.environ.get("LP_SBATCH")
+    found["packages"] = {d.name: d.version for d in metadata.distributions()}
+    git = ["git", "-C", str(Path(__file__).parent)]
+
+    def write(new: Path) -> None:
+        shutil.copy(folder / CONFIG, new)
+        (new / "environment.json").write_text(reports.as_json(found))
+        for name, command in {
+            "code.diff": ("diff", "HEAD", "--binary"),
+            "untracked.txt": ("ls-files", "-o", "--exclude-standard"),
+        }.items():
+            with contextlib.suppress(OSError):
+                if text := subprocess.run([*git, *command], capture_output=True).stdout:
+                    (new / name).write_bytes(text)
+        if script and Path(script).is_file():
+            shutil.copy(script, new / "job.sbatch")
+
+    models.write_folder(folder / STARTS / str(1 + len(list(folder.glob(f"{STARTS}/*")))), write)
