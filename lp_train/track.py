@@ -18,6 +18,8 @@ from lp_train.evaluation.tables import fidelity, tables
 HOST = "https://api.wandb.ai"
 STEP = "train/global_step"  # as the Trainer's callback names our step
 
+FINISH = 300  # seconds that the end waits for an upload; what is left stays in the folder
+
 
 def report_to(config: TrackConfig) -> str:
     """The Trainer's ``report_to``: wandb or none.
@@ -63,11 +65,12 @@ def start(
         id_file.write_text(os.urandom(4).hex())
     options: dict[str, Any] = {"project": config.project, "name": config.name or run_name, "tags": config.tags}
     options |= {"dir": str(folder), "id": id_file.read_text().strip(), "resume": "allow", "config": dict(record)}
-    options["settings"] = wandb.Settings(silent=True)
+    options["settings"] = wandb.Settings(silent=True, finish_timeout=FINISH)
     try:
         wandb.init(mode=mode, **options)
     except wandb.Error as error:
         mode, why = "offline", " ".join(str(error).split())
+        wandb.teardown()  # what was begun holds the id
         wandb.init(mode=mode, **options)
     if mode == "offline" and config.wandb != "offline":
         say(f"W&B: {why}; the run is kept in {folder}/wandb, for: bash scripts/wandb_sync.sh {folder}")
@@ -112,7 +115,7 @@ def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc().authenticators(_host()) is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(_host()) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
