@@ -135,7 +135,11 @@ def test_a_tracked_run_gets_later_tables(
     folder = shutil.copytree(runs["deep"], tmp_path / "tracked")
     (folder / "wandb_id").write_text("abc")
     track.add(TrackConfig(wandb="offline"), folder, "deep", document)
-    assert (begun["id"], begun["resume"]) == ("abc", "allow") and logged.keys() >= {"tables/tasks", "tables/answers", "plots/tasks"}
+    assert (begun["id"], begun["resume"]) == ("abc", "allow") and logged.keys() >= {
+        "tables/tasks",
+        "tables/answers",
+        "plots/tasks",
+    }
     assert fake.run.summary["recovered/kl"] == document["fidelity"]["recovered"]["kl"]
 
 
