@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -28,6 +29,7 @@ from lp_train.errors import UserError
 from lp_train.evaluation import report as reports
 
 CONFIG = "resolved_config.yaml"  # written first; it marks a folder as ours
+CODE = Path(__file__).parent  # in a checkout
 LOCK = ".lock"  # there while a process writes the folder
 STARTS = "starts"  # what each start of the run was made by
 BEFORE_TRAINING = {
@@ -133,24 +135,25 @@ def open_run_folder(folder: Path, config: Config, state: PartialState, resume: b
 
 
 def _record_start(folder: Path, state: PartialState) -> None:
-    """``starts/N/``: configuration, command, environment, the code's changes since its commit, and the job script that
-    Slurm ran (``LP_SBATCH``), so that the folder tells by itself how it was made."""
-    found = reports.environment(state.device) | {"command": sys.argv, "host": socket.gethostname()}
-    found["job"], script = os.environ.get("SLURM_JOB_ID"), os.environ.get("LP_SBATCH")
-    found["packages"] = {d.name: d.version for d in metadata.distributions()}
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """``starts/N/``: configuration, command, environment, the code's changes since its commit with the names of files
+    that git does not know, and the job script that Slurm ran (``LP_SBATCH``)."""
+    found: dict[str, Any] = reports.environment(state.device) | {"command": sys.argv, "host": socket.gethostname()}
+    found["packages"] = {package.name: package.version for package in metadata.distributions()}
+    job = found["job"] = os.environ.get("SLURM_JOB_ID")
+    changes = _git("diff", "HEAD", "--binary") + _git("ls-files", "--others", "--exclude-standard")
 
     def write(new: Path) -> None:
         shutil.copy(folder / CONFIG, new)
         (new / "environment.json").write_text(reports.as_json(found))
-        for name, command in {
-            "code.diff": ("diff", "HEAD", "--binary"),
-            "untracked.txt": ("ls-files", "-o", "--exclude-standard"),
-        }.items():
-            with contextlib.suppress(OSError):
-                if text := subprocess.run([*git, *command], capture_output=True).stdout:
-                    (new / name).write_bytes(text)
-        if script and Path(script).is_file():
+        if changes:
+            (new / "code.diff").write_bytes(changes)
+        if job and Path(script := os.environ.get("LP_SBATCH", "")).is_file():
             shutil.copy(script, new / "job.sbatch")
 
     models.write_folder(folder / STARTS / str(1 + len(list(folder.glob(f"{STARTS}/*")))), write)
+
+
+def _git(*arguments: str) -> bytes:
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", "-C", str(CODE), *arguments], capture_output=True).stdout
+    return b""

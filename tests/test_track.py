@@ -1,4 +1,4 @@
-"""Weights & Biases by its real client, which can reach nothing: one run over all starts, kept whole in the run folder."""
+"""W&B by its real client, which can reach nothing: one run over all starts, kept whole in the run folder."""
 
 import json
 import os
