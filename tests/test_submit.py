@@ -42,11 +42,14 @@ def test_each_checkpoint_has_a_job_and_a_row(config: Path, capsys: pytest.Captur
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-4"]
     assert set((config.parent / "asked.env").read_text().split()) == {"SLURM_CONF=/conf"}
     jobs = [line.split("|") for line in asked]
-    assert [job[:4] for job in jobs] == [["--parsable", "--time=5", "--mem=1G", "slurm/evaluate.sbatch"]] * 2
+    assert [[*job[:1], *job[2:5]] for job in jobs] == [
+        ["--parsable", "--time=5", "--mem=1G", "slurm/evaluate.sbatch"]
+    ] * 2
+    assert jobs[0][1] == f"--output={run}/evaluations/step-2/slurm-%j.out"
 
     rows = []
     for job in reversed(jobs):  # in any order
-        assert evaluate_run.main([*job[4:], "evaluate.generation_prompts=0"]) == 0
+        assert evaluate_run.main([*job[5:], "evaluate.generation_prompts=0"]) == 0
         rows.append(re.findall(r"^\| (\d+) \| (\S+) \|", (run / "evaluations.md").read_text(), re.MULTILINE))
     assert [[step for step, _ in found] for found in rows] == [["4"], ["2", "4"]]
     recovered = json.loads((run / "report.json").read_text())["recovered"]
@@ -61,5 +64,5 @@ def test_a_refused_job_costs_a_line(
 ) -> None:
     monkeypatch.setenv("REFUSED", "sbatch: error: invalid partition")
     assert finetune.main([str(config), "evaluate.submit=slurm", "train.max_steps=2"]) == 0
-    line = "checkpoint-2 is not evaluated (sbatch: error: invalid partition); do it by: sbatch --parsable --time=5"
+    line = "checkpoint-2 is not evaluated (sbatch: error: invalid partition); do it by: sbatch --parsable --output="
     assert line in capsys.readouterr().out

@@ -58,7 +58,8 @@ def submit(folder: Path, step: int) -> str:
                 except OSError:
                     shutil.copy(path, new)
 
-    command = ["sbatch", "--parsable", *shlex.split(os.environ.get("LP_EVALUATE_OPTIONS", ""))]
+    command = ["sbatch", "--parsable", f"--output={target}/slurm-%j.out"]
+    command += shlex.split(os.environ.get("LP_EVALUATE_OPTIONS", ""))
     command += ["slurm/evaluate.sbatch", str(folder / "resolved_config.yaml"), str(target)]
     env = {name: value for name, value in os.environ.items() if not OF_THIS_JOB.match(name)}
     try:
