@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lp_train.cluster import doctor
 
-NAMES = ("versions", "processes", "GPUs", "shared folder", "disk", "hub", "W&B", "memory")
+NAMES = ("versions", "processes", "gpus", "shared folder", "disk", "hub", "wandb", "memory")
 SECRETS = {"WANDB_API_KEY": "f00dfeed" * 5, "HF_TOKEN": "hf_f00dfeedf00dfeed"}
 
 
@@ -57,7 +57,7 @@ def test_a_configuration_that_is_wrong(config: str, capsys: pytest.CaptureFixtur
         (["model.name_or_path=meta-llama/Llama-3.1-405B"], {"hub": "cannot be loaded", "memory": "grad"}),
         (["train.per_device_train_batch_size=3"], {"memory": "does not divide the 4 rows"}),
         (["train.save_total_limit=100000000000"], {"disk": "make room or lower train.save_total_limit"}),
-        (["track.wandb=online"], {"W&B": "runs stay offline: no key for api.wandb.ai; run `wandb login`"}),
+        (["track.wandb=online"], {"wandb": "runs stay offline: no key for api.wandb.ai; run `wandb login`"}),
     ],
 )
 def test_what_a_run_would_meet(

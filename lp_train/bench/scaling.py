@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 
 from lp_train.adapters import count_parameters
@@ -21,28 +19,13 @@ COPY = "float32 copy of the trained weights"
 SHARDED = {"ddp": (), "zero2": STATES, "fsdp2": WEIGHTS + STATES, "zero3": WEIGHTS + STATES}
 
 
-@dataclass(frozen=True)
-class Units:
-    """Bytes of the weights that are gathered together, in the order they run: what is not in a layer, the layers below
-    the first pair, and those from it on, a pair being one unit."""
-
-    outside: float
-    prefix: list[float]
-    suffix: list[float]
-
-    @property
-    def most_at_once(self) -> float:
-        """What is outside stays; a unit is gathered while the one before it computes."""
-        return self.outside + 2 * max(self.prefix + self.suffix)
-
-
-def units(model: nn.Module) -> Units:
-    """Of a paired model with its adapters, each weight in the precision it has."""
+def units(model: nn.Module) -> tuple[float, list[float], list[float]]:
+    """Bytes of the weights of a paired model that are gathered together, each in the precision it has: what is not in a
+    layer; the layers below the first pair; and those from it on, a pair being one unit."""
     layers, (plan, _) = decoder_of(model).layers, plan_of(model)
     sizes = [float(sum(p.nbytes for p in layer.parameters())) for layer in layers]
-    below = sizes[: plan.first_layer]
     suffix = [sum(sizes[i] for i in block) for block in plan.blocks]
-    return Units(sum(p.nbytes for p in model.parameters()) - sum(sizes), below, suffix)
+    return sum(p.nbytes for p in model.parameters()) - sum(sizes), sizes[: plan.first_layer], suffix
 
 
 def memory_per_gpu(
@@ -58,7 +41,8 @@ def memory_per_gpu(
     trained = items["trained weights, float32"]
     items |= {name: items[name] / gpus for name in SHARDED[kind]}
     if kind in ("fsdp2", "zero3"):
-        items[GATHERED] = units(model).most_at_once / GIB
+        outside, prefix, suffix = units(model)  # what is outside stays; a unit comes while the one before it computes
+        items[GATHERED] = (outside + 2 * max(prefix + suffix)) / GIB
     if kind == "ddp" and gpus > 1:
         items[BUCKETS] = trained
     if kind.startswith("zero"):
@@ -75,14 +59,14 @@ def collectives(model: nn.Module, kind: str, accumulation: int = 1) -> dict[str,
     Counted on gloo for DDP and FSDP2 (``tests/test_scaling.py``), also with checkpointed blocks; ZeRO: by its design.
     Left out: buffers, which are some bytes.
     """
-    of, gradients = units(model), 4.0 * count_parameters(model)[0]
+    (outside, prefix, suffix), gradients = units(model), 4.0 * count_parameters(model)[0]
     if kind == "ddp":
         return {"all-reduce": gradients}
     if kind == "zero2":
         return {"reduce-scatter": accumulation * gradients, "all-gather": gradients}
-    gathered = of.outside + sum(of.prefix) + 3 * sum(of.suffix)
+    gathered = outside + sum(prefix) + 3 * sum(suffix)
     if kind == "fsdp2":
-        return {"all-gather": accumulation * (gathered + of.suffix[-1]), "reduce-scatter": gradients}
+        return {"all-gather": accumulation * (gathered + suffix[-1]), "reduce-scatter": gradients}
     return {"all-gather": accumulation * gathered, "reduce-scatter": accumulation * gradients}
 
 

@@ -51,11 +51,12 @@ Finding = tuple[str, str]  # one of LEVELS, and what was found
 
 
 class Node(NamedTuple):
-    """This process among its peers, the run's configuration, and the folder that it would write into, or the nearest
-    one above that exists."""
+    """This process among its peers, the run's configuration and its model as shapes, and the folder that it would
+    write into, or the nearest one above that exists."""
 
     state: PartialState
     config: Config | None
+    model: nn.Module | None
     folder: Path
 
 
@@ -68,18 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quieten_libraries()
     try:
         config = load_config(options.config, options.overrides) if options.config else None
+        model = _shapes(config) if config else None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     folder = Path(config.train["output_dir"] if config else ".").expanduser().absolute()
     folder = next(path for path in (folder, *folder.parents) if path.is_dir())
     state = PartialState(cpu=models.device().type == "cpu", timeout=PATIENCE)
-    failed = [name for name, check in CHECKS.items() if look(name, check, Node(state, config, folder))]
+    failed = [look(check, Node(state, config, model, folder)) for check in CHECKS]
     leave(state)
-    return 1 if failed else 0
+    return int(any(failed))
 
 
-def look(name: str, check: Callable[[Node], Finding], node: Node) -> bool:
+def look(check: Callable[[Node], Finding], node: Node) -> bool:
     """Runs one check on all processes and prints the worst of what they found; whether that is FAILED."""
     try:
         level, found = check(node)
@@ -89,7 +91,8 @@ def look(name: str, check: Callable[[Node], Finding], node: Node) -> bool:
     rank = max(range(len(results)), key=lambda i: (LEVELS.index(results[i][0]), -i))
     level, found, host = results[rank]
     if node.state.is_main_process:
-        print(f"{level:<8} {name}: {found}" + (f" (process {rank} on {host})" if rank else ""), flush=True)
+        where = f" (process {rank} on {host})" if rank else ""
+        print(f"{level:<8} {check.__name__.replace('_', ' ')}: {found}{where}", flush=True)
     return level == "FAILED"
 
 
@@ -102,8 +105,7 @@ def versions(node: Node) -> Finding:
     wrong = [f"{n.name} {found[n.name]}, needed {n.specifier}" for n in asked if found[n.name] not in n.specifier]
     if wrong:
         return "FAILED", f"{'; '.join(wrong)}; run `pip install -e .`"
-    shown = ("torch", "transformers", "trl", "peft", "accelerate")
-    return "ok", ", ".join(f"{name} {found[name]}" for name in shown)
+    return "ok", ", ".join(f"{name} {number}" for name, number in found.items())
 
 
 def processes(node: Node) -> Finding:
@@ -118,8 +120,7 @@ def processes(node: Node) -> Finding:
         total = float(tensor[-1])
     if total != world * (world - 1) / 2:
         return "FAILED", f"the all-reduce of the ranks of {world} gave {total:g}; look at NCCL_DEBUG=INFO, the network"
-    hosts = len(set(gather_object([socket.gethostname()])))
-    seconds = time.perf_counter() - started
+    seconds, hosts = time.perf_counter() - started, len(set(gather_object([socket.gethostname()])))
     return "ok", f"{world} on {hosts} host(s), all-reduce of 64 MiB by {node.state.backend} in {seconds:.3f} s"
 
 
@@ -128,9 +129,8 @@ def gpus(node: Node) -> Finding:
         return "warning", "none in use, this runs on the CPU; look at nvidia-smi, torch's build and ACCELERATE_USE_CPU"
     shown = torch.cuda.get_device_properties(node.state.device)
     text = f"{torch.cuda.device_count()} x {shown.name}, {shown.total_memory / GIB:.0f} GiB"
-    if not models.multiplies_bf16(node.state.device):
-        return "warning", f"{text}: no bf16; set model.dtype=float16"
-    return "ok", text
+    bf16 = models.multiplies_bf16(node.state.device)
+    return ("ok", text) if bf16 else ("warning", f"{text}: no bf16; set model.dtype=float16")
 
 
 def shared_folder(node: Node) -> Finding:
@@ -155,21 +155,20 @@ def shared_folder(node: Node) -> Finding:
 
 def disk(node: Node) -> Finding:
     """Checkpoints are weights and two moments in float32: those kept, one more while it is written, and the result."""
-    free = shutil.disk_usage(node.folder).free / GIB
-    if node.config is None:
-        return "ok", f"{free:.1f} GiB free in {node.folder}"
-    kept = node.config.train["save_total_limit"] or 10
-    need = 12 * count_parameters(_model(node.config))[0] * (kept + 2) / GIB
+    free, need = shutil.disk_usage(node.folder).free / GIB, 0.0
+    if node.config and node.model:
+        kept = (node.config.train["save_total_limit"] or 10) + 2
+        need = 12 * count_parameters(node.model)[0] * kept / GIB
     found = f"{free:.1f} GiB free in {node.folder}, checkpoints need {need:.1f}"
     return ("ok", found) if free > need else ("FAILED", f"{found}; make room or lower train.save_total_limit")
 
 
 def hub(node: Node) -> Finding:
-    offline = " (HF_HUB_OFFLINE: from the cache)" if os.environ.get("HF_HUB_OFFLINE") else ""
     if node.config is None:
-        return "ok", f"not tried without a configuration{offline}"
+        return "ok", "not tried without a configuration"
     models.load_model_config(node.config.model)
     models.load_tokenizer(node.config.model)
+    offline = " (HF_HUB_OFFLINE: from the cache)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return "ok", f"configuration and tokenizer of {node.config.model.name_or_path} are read{offline}"
 
 
@@ -182,26 +181,29 @@ def wandb(node: Node) -> Finding:
 
 
 def memory(node: Node) -> Finding:
-    if node.config is None:
+    state, config, model = node.state, node.config, node.model
+    if config is None or model is None:
         return "ok", "not computed without a configuration"
-    state, model, kind = node.state, _model(node.config), _kind()
-    rows, _ = split_of(node.config, state.num_processes)
-    engine = choose_engine(node.config, model, model.dtype, state.device, triton=True)
-    items = memory_per_gpu(model, node.config, kind, state.num_processes, rows, engine)
+    rows, _ = split_of(config, state.num_processes)
+    engine = choose_engine(config, model, model.dtype, state.device, triton=True)
+    need = sum(memory_per_gpu(model, config, kind := _kind(), state.num_processes, rows, engine).values())
     if state.device.type == "cuda":
         have = torch.cuda.mem_get_info(state.device)[0] / GIB
     else:
         pages = os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         have = pages * os.sysconf("SC_PAGE_SIZE") / GIB
-    text = f"{sum(items.values()):.1f} GiB by the estimate of --dry-run ({kind}), {have:.1f} there"
-    if sum(items.values()) < 0.9 * have:
+    text = f"{need:.1f} GiB by the estimate of --dry-run ({kind}), {have:.1f} there"
+    if need < 0.9 * have:
         return "ok", text
     remedy = "set train.gradient_checkpointing=true, a smaller train.per_device_train_batch_size, or shard by FSDP2"
-    return ("warning" if sum(items.values()) < have else "FAILED"), f"{text}; {remedy}"
+    return ("warning" if need < have else "FAILED"), f"{text}; {remedy}"
 
 
-def _model(config: Config) -> nn.Module:
-    """The model as shapes; that its configuration cannot be reached is told by :func:`hub`."""
+CHECKS = (versions, processes, gpus, shared_folder, disk, hub, wandb, memory)
+
+
+def _shapes(config: Config) -> nn.Module:
+    """The paired model without memory; that its own configuration cannot be reached is told by :func:`hub`."""
     with contextlib.redirect_stdout(io.StringIO()):
         model_config = read_model_config(config.model)[0].get_text_config()
         plan = plan_or_stand_in(config, model_config.num_hidden_layers).control(config.plan.kind, config.plan.remove)
@@ -210,22 +212,9 @@ def _model(config: Config) -> nn.Module:
 
 def _kind() -> str:
     """The engine that accelerate's launcher was told, as ``bench.scaling`` names it."""
-    on = {name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"}
-    if "DEEPSPEED" in on:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         return "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
-    return "fsdp2" if on else "ddp"
-
-
-CHECKS: dict[str, Callable[[Node], Finding]] = {
-    "versions": versions,
-    "processes": processes,
-    "GPUs": gpus,
-    "shared folder": shared_folder,
-    "disk": disk,
-    "hub": hub,
-    "W&B": wandb,
-    "memory": memory,
-}
+    return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "ddp"
 
 
 if __name__ == "__main__":
