@@ -32,13 +32,8 @@ CONFIG = "resolved_config.yaml"  # written first; it marks a folder as ours
 CODE = Path(__file__).parent  # in a checkout
 LOCK = ".lock"  # there while a process writes the folder
 STARTS = "starts"  # what each start of the run was made by
-BEFORE_TRAINING = {
-    CONFIG,
-    LOCK,
-    STARTS,
-    "wandb_id",
-    "wandb",
-}  # all that a run leaves which was stopped before its first step
+# all that a run leaves which was stopped before its first step:
+BEFORE_TRAINING = {CONFIG, LOCK, STARTS, "wandb_id", "wandb"}
 
 
 def check_run_folder(config: Config, resume: bool, overwrite: bool) -> Path:
