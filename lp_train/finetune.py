@@ -35,9 +35,17 @@ from trl import SFTConfig
 from lp_train import models, track
 from lp_train.adapters import attach, count_parameters, start_from_activations
 from lp_train.bench.flops import forward_costs, peak_flops, step_flops
-from lp_train.cluster import preemption
-from lp_train.cluster.launch import check_engine, keep_freed_memory, leave, quieten_libraries, use_all_cores
+from lp_train.cluster import engine, preemption
+from lp_train.cluster.launch import (
+    check_engine,
+    keep_freed_memory,
+    leave,
+    quieten_libraries,
+    require_deepspeed,
+    use_all_cores,
+)
 from lp_train.cluster.preemption import EXIT_PREEMPTED, Preempted
+from lp_train.cluster.shard import shard, whole_state
 from lp_train.cluster.submit import SubmitEvaluation, check_submit
 from lp_train.config import Config, config_to_yaml, load_config
 from lp_train.data import Data, RowCollator, build_data
@@ -85,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: Config, options: argparse.Namespace) -> None:
     if options.print_config:
         return print(config_to_yaml(config), end="")
+    require_deepspeed()
     state = PartialState(cpu=models.device().type == "cpu")
     check_engine(state)
     use_all_cores(state)
@@ -137,7 +146,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     model = build_model(config, plan, state.device)
     if config.lora.get("init_lora_weights") == "eva":
         with bench.autocast():
-            start_from_activations(model, bench.training_batches(args.per_device_train_batch_size, count=16))
+            start_from_activations(model, bench.training_batches(args.per_device_train_batch_size, 16, model.device))
     if start:
         models.load_adapter(model, start)
     trainable, everything = count_parameters(model)
@@ -145,6 +154,8 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
 
     # all is good: the folder becomes this run's
     checkpoint = checkpoint_to_resume(folder, model, state, resume, say)
+    extra["cost"] = forward_costs(model, config.train["max_length"])
+    shard(model)
     open_run_folder(folder, config, state, resume)
     if state.is_main_process:
         record = {"config": dataclasses.asdict(config), "environment": reports.environment(state.device)}
@@ -165,8 +176,8 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     # everything on disk, before a control that may take as long again
     extra |= {"tasks_at_start": progress.tasks_at_start} if watch else {}
     report = make_report(plan, progress.figures, trainer, bench) | extra | {"sample": progress.answers or None}
+    save_result(model, tokenizer, config, folder, state)
     if state.is_main_process:
-        save_result(model, tokenizer, config, folder)
         write_report(config, folder, report, trainer)
     if config.loss.ce > 0:
         report["control"] = train_control(plan, args, bench, tokenizer, resume).as_dict()
@@ -207,6 +218,9 @@ def check_base(config: Config) -> int:
         )
     if config.model.quantization:
         models.require_bitsandbytes()
+    for key, value in {"model.quantization": config.model.quantization, "train.fp8": config.train["fp8"]}.items():
+        if value and engine.asked() in engine.IN_PARTS:
+            raise UserError(f"{key} {value!r}: such weights cannot be cut; use configs/accelerate/ddp.yaml")
     return model_config.num_hidden_layers
 
 
@@ -225,7 +239,11 @@ def load_data(config: Config, args: SFTConfig, tokenizer: PreTrainedTokenizerBas
 
 def build_model(config: Config, plan: PairPlan, device: torch.device) -> nn.Module:
     """The base in pairs, with adapters or unfrozen layers, and the record of plan and base in its config."""
-    model = pair_layers(models.load_base(config.model, device), plan, config.plan.algebra)
+    engine.load_whole()
+    keeps_copies = config.tune == "full" or plan.kind == "merge"  # of layers, which stay whole where they are made
+    on_cpu = engine.asked() == "FSDP2" and not keeps_copies  # a GPU need not hold all of it
+    base = models.load_base(config.model, torch.device("cpu") if on_cpu else device)
+    model = pair_layers(base, plan, config.plan.algebra)
     if config.tune == "full":
         keep_originals(model)
     model = attach(model, plan, config)
@@ -279,8 +297,9 @@ def train_control(
     set_seed(args.seed)
     model = build_model(bench.config, plan, bench.state.device)
     with in_order(model):
-        trainer = make_trainer(model, args, bench, tokenizer)
-        trainer.train(checkpoint_to_resume(Path(str(args.output_dir)), model, bench.state, resume))
+        checkpoint = checkpoint_to_resume(Path(str(args.output_dir)), model, bench.state, resume)
+        trainer = make_trainer(shard(model), args, bench, tokenizer)
+        trainer.train(checkpoint)
         return bench.measure(model, {"control": as_it_is})["control"]
 
 
@@ -300,7 +319,6 @@ def make_report(plan: PairPlan, figures: dict[str, Fidelity], trainer: PairedTra
         "tune": config.tune,
         "plan": reports.plan_section(plan, config.plan.algebra),
         "effective_depth": plan.effective_depth,
-        "cost": forward_costs(trainer.accelerator.unwrap_model(trainer.model), config.train["max_length"]),
         "result_step": trainer.result_step,
         **{name: fidelity.as_dict() for name, fidelity in figures.items()},
         **reports.fidelity_sections(figures, plan, data.domains),
@@ -313,7 +331,7 @@ def make_report(plan: PairPlan, figures: dict[str, Fidelity], trainer: PairedTra
             "peak_memory_gib": peak_memory_gib(),
         },
         "data": data.stats.as_dict(),
-        "environment": reports.environment(bench.state.device),
+        "environment": reports.environment(bench.state.device) | trainer.engine_seen,
     }
 
 
@@ -327,16 +345,21 @@ def result_folder(config: Config, folder: Path) -> Path:
     return folder / ("adapter" if config.tune == "lora" else "model")
 
 
-def save_result(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config, folder: Path) -> None:
-    """``adapter/`` (PEFT's format) or ``model/``, with the tokenizer, whole or not at all."""
+def save_result(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config, folder: Path, state: PartialState
+) -> None:
+    """``adapter/`` (PEFT's format) or ``model/``, with the tokenizer, whole or not at all. All processes call it."""
+    weights = whole_state(model, trained=config.tune == "lora", keep=state.is_main_process)
     if config.tune == "full":
-        model = model.to(models.resolve_dtype(config.model.dtype))
+        weights = {name: value.to(models.resolve_dtype(config.model.dtype)) for name, value in weights.items()}
 
     def write(target: Path) -> None:
-        model.save_pretrained(target)
+        model.save_pretrained(target, state_dict=weights)
+        models.check_adapter(model, target, weights)
         tokenizer.save_pretrained(target)
 
-    models.write_folder(result_folder(config, folder), write)
+    if state.is_main_process:
+        models.write_folder(result_folder(config, folder), write)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -314,6 +314,26 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         found = f"{name} is {shapes.get(name, 'missing')} in it and {expected.get(name, 'missing')} in this run"
         raise UserError(f"{what}: {found}; use the lora section of the run that made it")
     set_peft_model_state_dict(model, weights)
+
+
+def check_adapter(model: nn.Module, folder: Path, live: dict[str, Tensor]) -> None:
+    """Reads an adapter just written and compares it with the parameters that are trained, whole, by name.
+
+    Raises:
+        UserError: one is missing, of another shape or of other values; nothing is compared without adapters.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    saved, expected = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model, state_dict=live)
+    wrong = [name for name in saved.keys() ^ expected.keys()]
+    wrong += [name for name in saved.keys() & expected.keys() if not torch.equal(saved[name], expected[name])]
+    empty = [name for name, value in live.items() if not value.numel()]
+    if wrong or empty or len(saved) != len(live):
+        first = sorted(wrong or empty or live)[0]
+        raise UserError(
+            f"{folder}: {len(saved)} tensors saved of {len(live)} that are trained, {len(wrong)} differ from those in "
+            f"memory ({first} first): this adapter is not whole; use configs/accelerate/ddp.yaml and report it"
+        )
 
 
 def _result_folder(path: str) -> Path:

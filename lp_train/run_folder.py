@@ -22,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from lp_train import models
+from lp_train.cluster import engine
 from lp_train.cluster.checkpoint import SAVING, newest_whole
 from lp_train.config import Config, config_to_yaml
 from lp_train.distill.trainer import TOTALS
@@ -94,19 +95,23 @@ def checkpoint_to_resume(
     Those that are damaged or half written are left out, with a message.
 
     Raises:
-        UserError: it is of another base, plan, number of processes or engine.
+        UserError: it is of another base, plan or engine, or of another number of processes under DeepSpeed, which
+            leaves each process its part of the optimizer.
     """
     newest = [newest_whole(folder, say) if resume and state.is_main_process else None]
     broadcast_object_list(newest)
     if newest[0] is None:
         return None
     models.check_stamp(newest[0], model)
-    written_by = json.loads((newest[0] / TOTALS).read_text())["processes"]
-    if written_by != (ours := [state.num_processes, state.distributed_type.value]):
-        was, now = (f"{number} x {engine}" for number, engine in (written_by, ours))
+    (processes, written_by), ours = json.loads((newest[0] / TOTALS).read_text())["processes"], engine.asked()
+    whole = written_by in engine.WHOLE and ours in engine.WHOLE
+    if not whole and (written_by != ours or (ours.startswith("ZeRO") and processes != state.num_processes)):
+        was, now = f"{processes} x {written_by}", f"{state.num_processes} x {ours}"
         raise UserError(
             f"{newest[0]}: written by processes {was}, this run has {now}; launch it as before, or name another folder"
         )
+    if processes != state.num_processes:
+        say(f"note: written by {processes} processes, this run has {state.num_processes}; only dropout differs")
     return str(newest[0])
 
 

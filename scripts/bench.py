@@ -23,7 +23,6 @@ Prints a table, and as the last line one JSON object.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -32,7 +31,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from benchmarks import draft, harness, infer, losses, predict, results, scaling, sweep, table, training
+from benchmarks import draft, harness, infer, losses, many_gpus, predict, results, sweep, table, training
 from benchmarks.case import SHAPES, Case
 from lp_train import models
 from lp_train.cluster.launch import quieten_libraries
@@ -48,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> None:
     keep = {"keep": results.appender(options.out)} if options.out else {}
-    found = training.run(case_of(options), variants_of(options.variants), say, **keep)
+    found = training.run(Case.of(options), variants_of(options.variants), say, **keep)
     report(table.training(found), found)
 
 
@@ -59,7 +58,7 @@ def show(options: argparse.Namespace) -> None:
 
 def run_sweep(options: argparse.Namespace) -> None:
     axes = sweep.Axes(options.sequences, options.vocabularies, options.depths, options.tokens)
-    lines = sweep.run(case_of(options), axes, options.out, say)
+    lines = sweep.run(Case.of(options), axes, options.out, say)
     report(f"{table.sweep(lines)}\n\n{options.out}/sweep.jsonl, {options.out}/sweep.png", {"cells": lines})
 
 
@@ -84,10 +83,6 @@ def say(line: str) -> None:
 
 def report(text: str, found: dict[str, Any]) -> None:
     print(f"\n{text}\n\n{json.dumps(found)}", flush=True)
-
-
-def case_of(options: argparse.Namespace) -> Case:
-    return Case(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Case)})
 
 
 def variants_of(text: str) -> list[str]:
@@ -127,11 +122,9 @@ def parser() -> argparse.ArgumentParser:
     several = commands.add_parser("predict", help="PREDICTED speed-up on 2, 4, 8 GPUs, from the file of infer --out")
     several.set_defaults(run=predict.command)
     predict.add_options(several)
-    many_gpus = commands.add_parser(
-        "scaling", help="COMPUTED memory and communication of DDP, ZeRO and FSDP2 on N GPUs"
-    )
-    many_gpus.set_defaults(run=scaling.command)
-    scaling.add_options(many_gpus)
+    computed = commands.add_parser("scaling", help="COMPUTED memory and communication of DDP, ZeRO and FSDP2 on N GPUs")
+    computed.set_defaults(run=many_gpus.command)
+    many_gpus.add_options(computed)
     assisted = commands.add_parser("draft", help="lossless use: a run's fused model as the draft of its original")
     assisted.set_defaults(run=draft.command)
     draft.add_options(assisted)

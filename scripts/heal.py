@@ -106,7 +106,7 @@ def run(config: Config, tokens: int, overwrite: bool = False) -> dict[str, Any]:
     print(f"fitted on {fitted['tokens']:,} tokens in {fitted['seconds']:.0f} s", flush=True)
 
     report = make_report(plan, bench, model, fitted | {"rank": config.lora["r"], "pair_errors": errors})
-    save_result(model, tokenizer, config, folder)
+    save_result(model, tokenizer, config, folder, bench.state)
     reports.write(folder / "report.json", reports.as_json(report))
     reports.write_document(folder, report)
     write_card(folder, report, config.model.name_or_path)

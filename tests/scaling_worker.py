@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from sharded_worker import loss_sum
 from tiny_trainer import COLLATE, packed_rows
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +23,10 @@ from trl.models.utils import _ForwardRedirection
 from lp_train.adapters import attach
 from lp_train.cluster.launch import leave
 from lp_train.cluster.shard import shard_layers
-from lp_train.config import Config, load_config
+from lp_train.config import Config, LossConfig, load_config
+from lp_train.distill.losses import Head, head_loss
+from lp_train.distill.replay import run_original, run_suffix
+from lp_train.distill.trainer import next_labels
 from lp_train.pairing import PairPlan, pair_layers
 
 SENT = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
@@ -36,6 +38,14 @@ def build(config: Config) -> nn.Module:
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
     plan = PairPlan.parse(config.plan.pairs, num_layers=6)
     return attach(pair_layers(LlamaForCausalLM(LlamaConfig(**shape)).float(), plan), plan, config).train()
+
+
+def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    recording = run_original(model, batch)
+    hidden, _ = run_suffix(model, recording)
+    states = (of.flatten(0, 1)[batch["trained"]] for of in (hidden, recording.final))
+    labels = next_labels(batch["labels"])[batch["trained"]]
+    return head_loss(*states, labels, Head.of(model), LossConfig())[0]
 
 
 class Collectives(TorchDispatchMode):

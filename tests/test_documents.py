@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import trade_off
 from lp_train.finetune import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,14 +45,16 @@ def test_links_and_named_files_exist(document: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize(
-    "document", [DOCUMENTS[0], ROOT / "recipes" / "smollm2_135m" / "README.md"], ids=["readme", "recipe"]
-)
-@pytest.mark.parametrize("run", ["depth25", "depth22", "depth19"])
-def test_result_tables_are_those_of_the_reports(document: Path, run: str) -> None:
-    report = json.loads((RESULTS / f"{run}.json").read_text())
-    row = result_row(report)
-    assert row in document.read_text(), f"{document} lacks the line\n{row}"
+RECIPE = ROOT / "recipes" / "smollm2_135m" / "README.md"
+
+
+@pytest.mark.parametrize("depth", [25, 22, 19])
+def test_result_tables_are_those_of_the_reports(depth: int) -> None:
+    plain = result_row(json.loads((RESULTS / f"depth{depth}.json").read_text()))
+    best = trade_off.row(trade_off.read(RESULTS / "best" / f"depth{depth}"))
+    assert plain in RECIPE.read_text(), f"{RECIPE} lacks the line\n{plain}"
+    for document in (DOCUMENTS[0], RECIPE):
+        assert f"| {' | '.join(best)} |" in document.read_text(), f"{document} lacks the line\n{best}"
 
 
 def result_row(report: dict) -> str:

@@ -11,8 +11,9 @@ import torch
 import transformers as hf
 
 import bench
-from benchmarks import infer, infer_table, predict, stepper
+from benchmarks import curves, infer, infer_table, predict, stepper, trade_off
 from lp_train import finetune
+from lp_train.errors import UserError
 from lp_train.pairing import is_paired
 
 CPU = torch.device("cpu")
@@ -187,3 +188,18 @@ def test_a_run_s_fused_model_drafts_for_its_original(
     assert all(line["identical"] == 1 and 1 <= line["accepted"] <= 4 for line in found["drafts"])
     assert found["depth"] == [6, 4]
     assert bench.main(["draft", str(tmp_path / "model")]) == 2
+
+
+def test_trade_off_and_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = Path(__file__).parents[1] / "recipes/smollm2_135m/results"
+    runs = [results / f"best/depth{depth}" for depth in (19, 25)]
+    trade_off.command(argparse.Namespace(runs=runs, out=tmp_path / "trade_off.png"))
+    curves.command(argparse.Namespace(runs=[results / "healed_start/healed"], out=tmp_path / "curves.png"))
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in printed[2:4]] == ["| 25", "| 19"]  # from the deepest on
+    report = json.loads((runs[0] / "report.json").read_text())
+    assert f"{report['recovered']['kl']:.3f}" in printed[3]
+    assert printed[4].startswith("healed: 0.2543 at 0.3 M") and len(list(tmp_path.glob("*.png"))) == 2
+    with pytest.raises(UserError, match=r"infer.jsonl: No such file"):
+        (tmp_path / "report.json").write_text("{}")
+        trade_off.read(tmp_path)

@@ -83,7 +83,8 @@ CONTRACT = {
     "recovered": FIGURES,
     "recovery": {"nll", "kl"},
     "train": {"tokens", "trained_tokens", "dropped_tokens", "seconds", "tokens_per_second", "peak_memory_gib"},
-    "environment": {"versions", "device", "commit", "distributed_type", "num_processes", "backend"},
+    "environment": {"versions", "device", "commit", "distributed_type", "num_processes", "backend"}
+    | {"engine", "share_held"},
 }
 
 

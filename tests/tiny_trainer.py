@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig
 
+from lp_train.cluster.shard import shard
 from lp_train.config import LossConfig
 from lp_train.data import RowCollator
 from lp_train.distill.callbacks import MetricsFile
@@ -44,10 +45,10 @@ def packed_rows(number: int, vocab: int, ce_labels: bool = False) -> Dataset:
     return Dataset.from_dict(table)
 
 
-def paired_with_adapter(tiny_llama: LlamaForCausalLM, dropout: float) -> nn.Module:
+def paired_with_adapter(tiny_llama: LlamaForCausalLM, dropout: float, algebra: str = "lp") -> nn.Module:
     """Weights large enough that pairing costs something, and a B that is not zero so that A has a gradient too."""
     generator = torch.Generator().manual_seed(1)
-    model = pair_layers(tiny_llama, PAIRS).requires_grad_(False)
+    model = pair_layers(tiny_llama, PAIRS, algebra).requires_grad_(False)
     targets = [f"model.layers.{i}.{name}" for i in range(2, 6) for name in ("self_attn.q_proj", "mlp.down_proj")]
     torch.manual_seed(0)
     peft = get_peft_model(model, LoraConfig(r=2, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM"))
@@ -73,18 +74,19 @@ def trainer_maker(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokeni
         compile: bool = False,
         checkpoint_every: int = 1,
         cuda_graph: bool = False,
+        algebra: str = "lp",
         **options: Any,
     ) -> PairedTrainer:
         base = LlamaForCausalLM(tiny_llama.config).float()
         base.load_state_dict(start)
-        model, folder = paired_with_adapter(base, dropout), tmp_path / name
+        model, folder = shard(paired_with_adapter(base, dropout, algebra)), tmp_path / name
         dataset = packed_rows(rows, base.config.vocab_size) if isinstance(rows, int) else rows
         defaults = {"eval_strategy": "no", "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False}
+        defaults |= {"use_cpu": True}
         args = SFTConfig(
             output_dir=str(folder),
             per_device_train_batch_size=batch[0],
             gradient_accumulation_steps=batch[1],
-            use_cpu=True,
             bf16=False,
             max_length=LENGTH,
             remove_unused_columns=False,

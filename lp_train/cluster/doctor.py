@@ -38,6 +38,7 @@ from lp_train.adapters import count_parameters
 from lp_train.bench.memory import GIB
 from lp_train.bench.scaling import memory_per_gpu
 from lp_train.bench.shapes import build_on_meta
+from lp_train.cluster import engine
 from lp_train.cluster.launch import check_engine, leave, quieten_libraries
 from lp_train.config import Config, TrackConfig, load_config
 from lp_train.distill.arguments import split_of
@@ -47,6 +48,7 @@ from lp_train.errors import UserError
 
 LEVELS = ("ok", "warning", "FAILED")
 PATIENCE = datetime.timedelta(seconds=120)  # for processes that do not answer
+KINDS = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}  # as bench.scaling names them; all others: ddp
 Finding = tuple[str, str]  # one of LEVELS, and what was found
 
 
@@ -185,8 +187,10 @@ def memory(node: Node) -> Finding:
     if config is None or model is None:
         return "ok", "not computed without a configuration"
     rows, _ = split_of(config, state.num_processes)
-    engine = choose_engine(config, model, model.dtype, state.device, triton=True)
-    need = sum(memory_per_gpu(model, config, kind := _kind(), state.num_processes, rows, engine).values())
+    how = choose_engine(config, model, model.dtype, state.device, triton=True)
+    need = sum(
+        memory_per_gpu(model, config, kind := KINDS.get(engine.asked(), "ddp"), state.num_processes, rows, how).values()
+    )
     if state.device.type == "cuda":
         have = torch.cuda.mem_get_info(state.device)[0] / GIB
     else:
@@ -208,13 +212,6 @@ def _shapes(config: Config) -> nn.Module:
         model_config = read_model_config(config.model)[0].get_text_config()
         plan = plan_or_stand_in(config, model_config.num_hidden_layers).control(config.plan.kind, config.plan.remove)
     return build_on_meta(model_config, plan, config, models.resolve_dtype(config.model.dtype))
-
-
-def _kind() -> str:
-    """The engine that accelerate's launcher was told, as ``bench.scaling`` names it."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        return "zero3" if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"
-    return "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "ddp"
 
 
 if __name__ == "__main__":

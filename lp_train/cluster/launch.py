@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import importlib.util
 import logging
 import os
 import warnings
@@ -11,6 +12,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from lp_train.cluster import engine
 from lp_train.errors import UserError
 
 
@@ -18,6 +20,7 @@ def quieten_libraries() -> None:
     """Hides what libraries say about themselves; what they say about the run stays."""
     warnings.filterwarnings("ignore", message="Could not find a config file")  # PEFT, of a base that is no hub model
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")  # DeepSpeed, in each step
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -27,7 +30,7 @@ def check_engine(state: PartialState) -> None:
 
     ``LP_WORLD_SIZE`` is the size that a job script expects (``slurm/``), ``WORLD_SIZE`` what the launcher says.
     """
-    job, engine = os.environ.get("LP_WORLD_SIZE"), state.distributed_type.value
+    job, wanted = os.environ.get("LP_WORLD_SIZE"), engine.asked()
     if job and int(job) != state.num_processes:
         raise UserError(
             f"LP_WORLD_SIZE {job}: the job has as many processes, this one sees a world of {state.num_processes}; "
@@ -39,8 +42,23 @@ def check_engine(state: PartialState) -> None:
             f"WORLD_SIZE {expected}: this process sees a world of {state.num_processes}; on CPUs launch with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
         )
-    if engine not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise UserError(f"accelerate's engine {engine}: not supported; use one process, or --multi_gpu (DDP)")
+    if wanted not in (*engine.WHOLE, *engine.SHARDED):
+        raise UserError(f"accelerate's engine {wanted}: not supported; use one of configs/accelerate/*.yaml")
+    if broken := engine.broken_options():
+        raise UserError(broken)
+    if wanted in engine.SHARDED and state.distributed_type.value in ("NO", "MULTI_CPU"):
+        raise UserError(
+            f"accelerate's engine {wanted}: on CPUs accelerate would go on without it and say nothing; use GPUs, or "
+            "configs/accelerate/ddp.yaml"
+        )
+
+
+def require_deepspeed() -> None:
+    """Before accelerate looks for it. Raises UserError where it is asked for and not installed."""
+    if engine.uses_deepspeed() and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            f"accelerate's engine {engine.asked()}: needs the package deepspeed; run `pip install deepspeed`"
+        )
 
 
 def use_all_cores(state: PartialState) -> None:

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from trl import SFTConfig
 
+from lp_train.cluster import engine
 from lp_train.config import Config, batch_split
 from lp_train.errors import UserError
 from lp_train.trainer_options import OUR_TRAIN_DEFAULTS
@@ -33,19 +34,21 @@ def training_arguments(
     """``train`` with the batch split over processes, and what the program sets itself.
 
     Raises:
-        UserError: the global batch does not divide, or the trainer refuses a value.
+        UserError: the global batch does not divide, or the trainer or DeepSpeed refuses a value.
     """
     options = {name: value for name, value in config.train.items() if name not in OURS}
     if steps := max_steps(config, dtype):
         options["max_steps"] = steps
+    if dtype == torch.float16 and engine.uses_deepspeed():
+        raise UserError("model.dtype 'float16': not under DeepSpeed, where nothing scales the loss; use bfloat16")
     per_device, accumulation = split_of(config, state.num_processes)
     options.update(
         output_dir=str(folder),
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
-        use_cpu=state.device.type == "cpu",
+        use_cpu=state.device.type == "cpu" and state.distributed_type.value in ("NO", "MULTI_CPU"),
         accelerator_config={"non_blocking": True},  # else each batch waits for the GPU to finish the one before
-        bf16=dtype == torch.bfloat16,
+        bf16=dtype == torch.bfloat16 and not engine.uses_deepspeed(),  # it would cast the adapters, too
         fp16=dtype == torch.float16,
         packing=False,  # lp_train.data has packed the rows
         remove_unused_columns=False,

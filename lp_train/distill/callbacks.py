@@ -59,14 +59,14 @@ class CheckpointEvery(TrainerCallback):
             layer.gradient_checkpointing = i in checkpointed
 
 
-class EvaluateIfDue(TrainerCallback):
-    """Calls ``evaluate`` when training begins: a resumed run makes the evaluation that a signal cut short."""
+class AtStart(TrainerCallback):
+    """Calls ``do`` when training begins, model and optimizer being prepared."""
 
-    def __init__(self, evaluate: Callable[[], None]) -> None:
-        self.evaluate = evaluate
+    def __init__(self, do: Callable[[], None]) -> None:
+        self.do = do
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.evaluate()
+        self.do()
 
 
 class MetricsFile(TrainerCallback):

@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from lp_train.adapters import is_mixture
+from lp_train.cluster import engine
 from lp_train.config import Config
 from lp_train.distill import packed_attention
 from lp_train.distill.replay import RunBlock, run_block
+from lp_train.errors import UserError
 
 GRAPHS = 64  # of run_block: two modes, with and without gradient, times the kinds of layers; PyTorch gives up after 8
 
@@ -39,14 +41,18 @@ def choose_engine(
     training without checkpointing runs as CUDA graphs. ``triton``: whether the compiler is there; None looks.
     """
     setting, graph, on_gpu = config.train["torch_compile"], config.train["cuda_graph"], device.type == "cuda"
+    sharded = engine.asked() in engine.SHARDED
+    if sharded and graph is True:
+        raise UserError(f"train.cuda_graph true: {engine.asked()} talks to other processes within a step; set it false")
     compile = on_gpu and (_has_triton() if triton is None else triton) if setting == "auto" else setting
-    blocks = compile and not (setting == "auto" and is_mixture(model))
+    leave = is_mixture(model) or engine.asked() == "ZeRO-3"  # whose hooks are on every module
+    blocks = compile and not (setting == "auto" and leave)
     if graph == "auto":
-        graph = blocks and not config.train["gradient_checkpointing"]
+        graph = blocks and not config.train["gradient_checkpointing"] and not sharded
     attention = None
-    if config.model.attn_implementation == "auto" and blocks == on_gpu:  # so they were tried
+    if config.model.attn_implementation == "auto" and (blocks == on_gpu or sharded):  # so they were tried
         packed = packed_attention.supports(model.config.get_text_config(), dtype, device)
-        attention = packed_attention.NAME if packed else "flex_attention" if on_gpu else None
+        attention = packed_attention.NAME if packed else "flex_attention" if on_gpu and blocks else None
     return Engine(blocks, compile, graph and on_gpu, attention)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lp_train.cluster.shard import whole
 from lp_train.config import LossConfig
 from lp_train.data.rows import IGNORED
 
@@ -38,10 +39,11 @@ class Head:
 
     @classmethod
     def of(cls, model: nn.Module) -> Head:
+        """Whole also where a model is sharded; then all processes must call it."""
         head = model.get_output_embeddings()
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        bias = None if head.bias is None else head.bias.detach()
-        return cls(head.weight.detach(), bias, softcap)
+        bias = None if head.bias is None else whole(head.bias).detach()
+        return cls(whole(head.weight).detach(), bias, softcap)
 
     def project(self, hidden: Tensor) -> Tensor:
         """hidden [N, D] -> logits [N, V] before the soft cap, in the precision of the product."""

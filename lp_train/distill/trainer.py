@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -24,16 +26,19 @@ from trl import SFTConfig, SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
 from lp_train.cluster import checkpoint
+from lp_train.cluster import engine as engines
 from lp_train.cluster.checkpoint import SAVING, is_disk_error
 from lp_train.cluster.preemption import Preempted, stop_if_asked
+from lp_train.cluster.shard import held, whole_state
 from lp_train.config import LossConfig
 from lp_train.data.rows import IGNORED
-from lp_train.distill.callbacks import CheckpointEvery, EvaluateIfDue
+from lp_train.distill.callbacks import AtStart, CheckpointEvery
 from lp_train.distill.compiled import Engine, attention, compiled_block
 from lp_train.distill.cuda_graph import GraphedLoss
 from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
 from lp_train.distill.replay import run_block, run_original, run_suffix
 from lp_train.errors import UserError
+from lp_train.models import check_adapter
 from lp_train.pairing.families import decoder_of
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
@@ -83,7 +88,7 @@ class PairedTrainer(SFTTrainer):
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         no_base_dropout(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        dtypes = [p.dtype for p in trained]
+        dtypes, self.dtype = [p.dtype for p in trained], model.dtype
         super().__init__(
             model=model,
             args=args,
@@ -93,9 +98,14 @@ class PairedTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=[*callbacks, CheckpointEvery(checkpoint_every)],
         )
-        self.add_callback(EvaluateIfDue(self.evaluate_if_due))
+        self.add_callback(AtStart(self._at_start))
         for parameter, dtype in zip(trained, dtypes, strict=True):  # TRL rounds the adapters of a 4-bit base to bf16
-            parameter.data = parameter.data.to(dtype)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        if self.is_deepspeed_enabled:
+            engines.fit_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.auto_wrap_policy = None  # it looks for a class that pairing has replaced
         self.model_accepts_loss_kwargs = True  # our loss divides by the global number of trained tokens itself
         self.loss, self.measure, self.engine = loss, measure, engine
         self.tokens_per_step, self.flops, self.peak_flops = tokens_per_step, flops, peak_flops
@@ -109,6 +119,30 @@ class PairedTrainer(SFTTrainer):
         self.seconds = 0.0  # of training, evaluations left out
         self._last_checkpoint: str | None = None
         self._evaluation_due = False  # whether this step's evaluation has still to be made
+        self.engine_seen: dict[str, Any] = {}  # what runs, from the start of the training on
+
+    # --- the start ---------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._of_optimizer = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Right after accelerate has prepared the optimizer. Of a model that is sharded already it looks the parameters
+        up by address, which those of which this process holds nothing share."""
+        if engines.asked() == "FSDP2" and self.optimizer is not None:
+            for group, parameters in zip(self.optimizer.param_groups, self._of_optimizer, strict=True):
+                group["params"] = parameters
+        return super().create_scheduler(*args, **kwargs)
+
+    def _at_start(self) -> None:
+        """The engine is looked at; the evaluation that a signal cut short in the run that this one goes on from."""
+        self.engine_seen = engines.look(self.model_wrapped, *held(self.model))
+        if self._evaluation_due:
+            if self._determine_best_metric(self.evaluate(), None):
+                self.state.best_model_checkpoint = self._last_checkpoint
+            self._evaluation_due = False
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
@@ -116,12 +150,22 @@ class PairedTrainer(SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """One micro-batch's share of the global loss, times the number of processes since gradients are averaged."""
-        unwrapped = self.accelerator.unwrap_model(model)
-        with self.accelerator.autocast():  # through the wrapper's own forward, where its hooks are
-            sums = _ForwardRedirection()(model, unwrapped, self._micro_batch, inputs)
+        unwrapped = self.accelerator.unwrap_model(model)  # through the wrapper's own forward, where its hooks are
+        sums = _ForwardRedirection()(model, unwrapped, self._in_forward, inputs)
         count = torch.as_tensor(num_items_in_batch, device=sums.total.device).clamp(min=1)
         self._pending.append(torch.stack([sums.kd, sums.ce, sums.hidden]).detach().float() / count)
         return sums.total * self.accelerator.num_processes / count
+
+    def _in_forward(self, inputs: dict[str, Tensor]) -> LossSums:
+        with self._autocast():  # here, since DeepSpeed switches it off at the entrance
+            return self._micro_batch(inputs)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """accelerate's; under DeepSpeed, which has none but its own way to cast the adapters, that of the base."""
+        if not self.is_deepspeed_enabled:
+            return self.accelerator.autocast()
+        half = self.dtype != torch.float32
+        return torch.autocast(self.args.device.type, self.dtype if half else None, half)
 
     def _loss_sums(self, inputs: dict[str, Tensor]) -> LossSums:
         loss, model = self.loss, self.accelerator.unwrap_model(self.model)
@@ -224,7 +268,7 @@ class PairedTrainer(SFTTrainer):
         if self._pending:  # steps that no log line has shown yet: a checkpoint of a diverged model replaces good ones
             weights = torch.tensor([self.loss.kd, self.loss.ce, self.loss.hidden], device=self.args.device)
             self._stop_when_diverged(float((self._mean_parts() * weights).sum()))
-        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        if not all(p.isfinite().all() for p in whole_state(self.model, trained=True).values()):
             self._stop_when_diverged(math.nan)  # the gradient of a finite loss was not
         try:
             self._write_checkpoint(model, trial)
@@ -236,6 +280,14 @@ class PairedTrainer(SFTTrainer):
                 f"train.output_dir {str(folder)!r}: step {self.state.global_step} cannot be saved ({reason}); make "
                 f"room and go on with --resume; {self._kept()}"
             ) from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """What is trained (without adapters: the whole model), put together from all processes, and read again."""
+        adapters, folder = isinstance(self.model, PeftModel), str(output_dir or self.args.output_dir)
+        state = whole_state(self.model, trained=adapters, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(folder, state_dict=state)
+            check_adapter(self.model, Path(folder), state)
 
     def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Aside, and renamed to its place when all processes have written."""
@@ -262,7 +314,7 @@ class PairedTrainer(SFTTrainer):
             "trained_tokens": int(self.trained_tokens),
             "seconds": self.seconds,
             "evaluation_due": self._evaluation_due,
-            "processes": [self.accelerator.num_processes, self.accelerator.distributed_type.value],
+            "processes": [self.accelerator.num_processes, engines.asked()],
         }
         (written / TOTALS).write_text(json.dumps(totals))
         checkpoint.publish(written, target)
@@ -283,23 +335,18 @@ class PairedTrainer(SFTTrainer):
                 self._save_checkpoint(model, trial)
             raise
 
-    def evaluate_if_due(self) -> None:
-        """The evaluation that a signal cut short in the run that this one goes on from."""
-        if self._evaluation_due:
-            if self._determine_best_metric(self.evaluate(), None):
-                self.state.best_model_checkpoint = self._last_checkpoint
-            self._evaluation_due = False
-
     @property
     def result_step(self) -> int:
         """The step whose weights the model has after training: the last one, or that of the best checkpoint."""
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         return int(best.rpartition("-")[2]) if best else self.state.global_step
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._last_checkpoint = resume_from_checkpoint
-        totals = json.loads((Path(resume_from_checkpoint) / TOTALS).read_text())
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._last_checkpoint = checkpoint
+        totals = json.loads((Path(checkpoint) / TOTALS).read_text())
         self._evaluation_due = totals.get("evaluation_due", False)
         self.trained_tokens += totals["trained_tokens"]
         self._trained_then = totals["trained_tokens"]

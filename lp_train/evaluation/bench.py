@@ -32,11 +32,12 @@ class Bench:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.state.device.type, dtype=self.dtype if enabled else None, enabled=enabled)
 
-    def training_batches(self, rows: int, count: int) -> Iterator[dict[str, Tensor]]:
-        """The first batches of the training rows, without labels, on the run's device; every process has the same."""
+    def training_batches(self, rows: int, count: int, where: torch.device | None = None) -> Iterator[dict[str, Tensor]]:
+        """The first batches of the training rows, without labels, on the run's device or ``where``; every process has
+        the same."""
         for start in range(0, min(rows * count, len(self.data.train)), rows):
             batch = self.collate([self.data.train[i] for i in range(start, min(start + rows, len(self.data.train)))])
-            yield {name: batch[name].to(self.state.device) for name in ("input_ids", "position_ids")}
+            yield {name: batch[name].to(where or self.state.device) for name in ("input_ids", "position_ids")}
 
     def measure(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, Fidelity]:
         """The original (``sequential``) and each variant on the run's held-out rows; all processes take part."""

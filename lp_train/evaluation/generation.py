@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lp_train.cluster.shard import inside
 from lp_train.data.rows import IGNORED, RowCollator
 from lp_train.evaluation.fidelity import Fidelity, Variant, evaluating, measure, shared_out, standard_error
 
@@ -111,7 +113,8 @@ def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Tens
     inputs = prompts.to(next(model.parameters()).device)
     end = tokenizer.eos_token_id
     with evaluating(model):
-        made = model.generate(
+        greedy = functools.partial(
+            model.generate,
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=new_tokens,
@@ -120,7 +123,8 @@ def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Tens
             repetition_penalty=1.0,
             eos_token_id=end,
             pad_token_id=int(tokenizer.pad_token_id or 0),
-        )[:, inputs.shape[1] :].tolist()
+        )
+        made = inside(model, greedy)[:, inputs.shape[1] :].tolist()
     return [answer[: answer.index(end) + 1] if end in answer else answer for answer in made]
 
 

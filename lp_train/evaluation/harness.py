@@ -6,6 +6,7 @@ text by text, and with a model that is loaded already believes to be alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lp_train.cluster.shard import inside
 from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.errors import UserError
 from lp_train.evaluation.fidelity import Variant, shared_out
@@ -182,7 +184,8 @@ class HarnessModel(HFLM):
         found = {}
         for name, variant in self.variants.items():
             with variant(self.model):
-                found[name] = self._score(on_device, sum(counts for _, counts in shares), requests, name)
+                counted = sum(counts for _, counts in shares)
+                found[name] = inside(self.model, self._score, on_device, counted, requests, name)
         return found
 
     @torch.no_grad()
@@ -237,7 +240,8 @@ class HarnessModel(HFLM):
         quiet = self.state.process_index > 0
         for share, counts in tqdm(shares, desc=f"{name}: answers", disable=quiet, leave=False):
             part = [order[i] for i in share]
-            texts = super().generate_until([requests[i] for i in part], disable_tqdm=True)
+            of_part = functools.partial(super().generate_until, [requests[i] for i in part], disable_tqdm=True)
+            texts = inside(self.model, of_part)
             answers += zip(part, texts, strict=True) if counts else []
         return [text for _, text in sorted(gather_object(answers))]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ Pairs = str | list[list[int]]
 
 FOLDER = Path(__file__).parents[2] / "configs" / "shapes"
 SHAPES = {
+    "llama-70b": "Llama-3.1-70B",
     "llama-8b": "Llama-3.1-8B",
     "llama-3b": "Llama-3.2-3B",
     "llama-1b": "Llama-3.2-1B",
@@ -43,7 +44,8 @@ ROWS = {"smollm2-135m": (32, 1024)}  # (batch, length); others 8 x 2,048
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured. ``batch`` rows of ``seq`` tokens, each of ``documents`` documents; None: the shape's own."""
+    """What is measured. ``batch`` rows of ``seq`` tokens on each of ``processes``, each of ``documents`` documents;
+    None: the shape's own."""
 
     shape: str
     batch: int | None = None
@@ -59,16 +61,22 @@ class Case:
     compile: bool = True
     fp8: bool = False
     dtype: str = "bfloat16"
+    processes: int = 1
+
+    @classmethod
+    def of(cls, options: Any, **others: Any) -> Case:
+        """From the command line."""
+        return cls(**{f.name: getattr(options, f.name) for f in fields(cls) if hasattr(options, f.name)}, **others)
 
     @property
     def size(self) -> tuple[int, int]:
-        """(rows of a batch, tokens of a row)."""
+        """(rows of a process's batch, tokens of a row)."""
         batch, seq = ROWS.get(self.shape, (8, 2048))
         return self.batch or batch, self.seq or seq
 
     @property
     def tokens_per_step(self) -> int:
-        return self.size[0] * self.size[1]
+        return self.size[0] * self.size[1] * self.processes
 
     @property
     def lengths(self) -> list[int]:
@@ -81,7 +89,7 @@ class Case:
     @property
     def trained_tokens(self) -> int:
         """Of one step: nothing predicts the first token of a document."""
-        return self.size[0] * (self.size[1] - self.documents)
+        return self.size[0] * (self.size[1] - self.documents) * self.processes
 
 
 def model_config(case: Case) -> PretrainedConfig:
@@ -116,7 +124,7 @@ def build_config(case: Case, gradient_checkpointing: bool) -> Config:
         "data": {"train": "random tokens"},
         "train": {
             "max_length": length,
-            "global_batch_tokens": rows * length,
+            "global_batch_tokens": case.tokens_per_step,
             "per_device_train_batch_size": rows,
             "max_steps": case.warmup + case.steps,
             "logging_steps": case.warmup + case.steps,  # a log line waits for the GPU: only after the last step
@@ -146,7 +154,7 @@ def build_base(case: Case, device: torch.device) -> nn.Module:
 
 def random_rows(case: Case) -> Dataset:
     """A new row for every step, as ``lp_train.data`` packs them."""
-    count, length = case.size[0] * (case.warmup + case.steps), case.size[1]
+    count, length = case.size[0] * case.processes * (case.warmup + case.steps), case.size[1]
     draw = np.random.default_rng(0)
     ids = draw.integers(0, model_config(case).vocab_size, (count, length), dtype=np.int32)
     labels = ids.copy()

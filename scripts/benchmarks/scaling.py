@@ -1,125 +1,263 @@
-"""COMPUTED tables for many GPUs: memory of each, bytes that it sends in a step, and the time of both by assumed rates.
+"""Training on several GPUs: a step's time, memory and communication; the adapters of one and of several; a killed run.
 
-The rates are NVIDIA's figures for one H100: a network of 400 Gb/s for each GPU, and 989 TFLOP/s in bf16, of which a
-training step reaches 40 %. Communication that computation hides costs nothing: a step takes the longer of both times
-at least, their sum at most.
+    accelerate launch --config_file configs/accelerate/ddp.yaml --num_processes 4 -m benchmarks.scaling \\
+        step --cell ddp --out runs/scaling --shape llama-8b
+
+``scripts/bench_scaling.sh`` makes all figures in one call. Weights and tokens are random.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import re
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
 import torch
-from transformers import AutoConfig
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainerCallback
 
-from benchmarks.table import markdown
-from lp_train.adapters import count_parameters
-from lp_train.bench.flops import PEAK_FLOPS, step_flops
-from lp_train.bench.scaling import (
-    BUCKETS,
-    COPY,
-    ENGINES,
-    GATHERED,
-    STATES,
-    WEIGHTS,
-    collectives,
-    memory_per_gpu,
-    sent_per_gpu,
-)
+from benchmarks.case import SHAPES, Case, build_base, build_config, model_config, plan, random_rows
+from benchmarks.results import appender
+from benchmarks.training import StepClock, origin, paired_trainer
+from lp_train import models
+from lp_train.adapters import attach
 from lp_train.bench.shapes import build_on_meta
-from lp_train.config import Config, load_config
-from lp_train.distill.compiled import Engine
-from lp_train.dry_run import SHAPES
-from lp_train.errors import UserError
-from lp_train.pairing import PairPlan
+from lp_train.cluster import engine
+from lp_train.cluster.launch import check_engine, leave, quieten_libraries
+from lp_train.cluster.shard import shard
+from lp_train.config import Config
+from lp_train.data import RowCollator
+from lp_train.distill.arguments import training_arguments
+from lp_train.distill.trainer import PairedTrainer
+from lp_train.pairing import pair_layers
 
-NETWORK, MFU, ROOM_GIB = 50e9, 0.4, 72  # bytes/s; share; of 80 GB what is left beside the CUDA context
-START, PAIRS = 15 / 32, 7 / 32  # of the depth: the window of configs/llama8b.yaml
-MARKS = ("<!-- tables of scripts/bench.py scaling -->\n", "<!-- end of the tables -->")
-
-
-def scale(config: Config, shape: str, gpus: list[int]) -> dict[str, Any]:
-    """What each engine needs of each number of GPUs for one shape, every GPU having one micro-batch in a step."""
-    path = SHAPES / f"{shape}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in SHAPES.glob("*.json")))
-        raise UserError(f"--shapes {shape!r}: no such file in configs/shapes; use some of {known}")
-    model_config = AutoConfig.from_pretrained(path)
-    layers = model_config.num_hidden_layers
-    start, pairs = round(START * layers), round(PAIRS * layers)
-    plan = PairPlan.parse(f"{start}:{start + 2 * pairs}", num_layers=layers)
-    model = build_on_meta(model_config, plan, config, torch.bfloat16)
-    rows, length = config.train["per_device_train_batch_size"], config.train["max_length"]
-    flops = step_flops(model, config, [length]).total(rows * length, rows * length)
-    cells = []
-    for number in gpus:
-        for kind in ENGINES:
-            memory = memory_per_gpu(model, config, kind, number, rows, Engine())
-            found = collectives(model, kind)
-            cells.append({"gpus": number, "engine": kind, "memory_gib": memory, "whole_bytes": found})
-            cells[-1] |= {"sent_bytes": sent_per_gpu(found, number)}
-    trained, everything = count_parameters(model)
-    seconds = flops / (MFU * (PEAK_FLOPS["H100"] or 1))
-    shown = {"shape": shape, "parameters": everything - trained, "trained": trained, "compute_seconds": seconds}
-    shown |= {"layers": layers, "depth": plan.effective_depth, "first": start, "pairs": pairs, "rank": config.lora["r"]}
-    return {**shown, "rows": rows, "length": length, "cells": cells}
+FILE = "scaling.jsonl"
 
 
-def table(found: dict[str, Any]) -> str:
-    header = (
-        "GPUs",
-        "engine",
-        "weights",
-        "gathered",
-        "gradients, AdamW",
-        "activations, logits",
-        "sum, GiB",
-        "fits 80 GB",
-    )
-    rows = []
-    for cell in found["cells"]:
-        items = cell["memory_gib"]
-        kept = sum(v for k, v in items.items() if k in ("activations", "logits of a chunk"))
-        states = sum(v for k, v in items.items() if k in (*STATES, BUCKETS, COPY))
-        parts = [sum(items[name] for name in WEIGHTS), items.get(GATHERED, 0.0), states, kept]
-        total = sum(items.values())
-        row = [f"{cell['gpus']:,}", cell["engine"], *(f"{part:,.1f}" for part in parts), f"{total:,.1f}"]
-        row += ["yes" if total <= ROOM_GIB else "no", f"{cell['sent_bytes'] / 1e9:,.2f}"]
-        rows.append([*row, f"{cell['sent_bytes'] / NETWORK:,.2f}"])
-    head = f"### {found['shape']}\n\n{found['parameters'] / 1e9:,.1f} B parameters, {found['pairs']} pairs from layer "
-    head += f"{found['first']}, depth {found['layers']} -> {found['depth']}; LoRA of rank {found['rank']}, "
-    head += (
-        f"{found['trained'] / 1e6:,.0f} M parameters. Each GPU {found['rows']} x {found['length']:,} tokens a step, "
-    )
-    head += f"computed in {found['compute_seconds']:,.2f} s.\n\n"
-    return head + markdown((*header, "sent, GB", "sent in, s"), rows, left=(1, 7))
+class AtStep(TrainerCallback):
+    """Profiles one step, and ends the process by SIGKILL after one; 0: neither."""
+
+    def __init__(self, profiled: int = 0, killed: int = 0) -> None:
+        self.profiled, self.killed = profiled, killed
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.profiled and torch.cuda.is_available():
+            self.profile.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.profiled and torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.profile.stop()
+        if state.global_step == self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def command(options: argparse.Namespace) -> None:
-    """Prints the tables and, as the last line, one JSON object; ``--page`` puts the tables into a page as well."""
-    config = load_config(options.config, options.overrides)
-    if not config.train.get("per_device_train_batch_size"):
-        raise UserError("train.per_device_train_batch_size: missing; give the rows of one forward, for example 4")
-    found = [scale(config, shape, options.gpus) for shape in options.shapes.split(",")]
-    text = "\n\n".join(map(table, found))
-    if options.page:
-        options.page.write_text(in_page(options.page.read_text(), text))
-    print(f"COMPUTED, not measured\n\n{text}\n\n{json.dumps({'computed': found})}")
+def step(options: argparse.Namespace) -> None:
+    """Time and memory of a step, and of one more its communication."""
+    state = start()
+    case = Case.of(options, processes=state.num_processes)
+    clock, profiled = StepClock(case.warmup, case.steps), AtStep(profiled=case.warmup + case.steps + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        callbacks, last = [clock, profiled], profiled.profiled
+        trainer = make_trainer(case, state, Path(folder), callbacks, options.in_parts, max_steps=last)
+        if state.device.type == "cuda":
+            torch.cuda.empty_cache()  # of whole weights before they were cut
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    gib = torch.cuda.max_memory_allocated() / 2**30 if state.device.type == "cuda" else None
+    ranks = gather_object([{"gib": gib, **communication(profiled.profile)}])
+    figures = clock.figures()
+    keep(options, state, {
+        "case": dataclasses.asdict(case),
+        "layers": model_config(case).num_hidden_layers,
+        "pairs": len(plan(case).pairs),
+        "compiled": trainer.engine.compile_blocks,
+        "tokens_per_second": case.tokens_per_step / figures["ms_per_step"] * 1e3,
+        **figures,
+        **{name: max((rank[name] for rank in ranks), key=lambda v: v or 0.0) for name in ranks[0]},
+        **trainer.engine_seen,
+    })  # fmt: skip
+    leave(state)
 
 
-def in_page(page: str, tables: str) -> str:
-    """The page with these tables between its two marks."""
-    start, end = MARKS
-    return re.sub(f"{re.escape(start)}.*{re.escape(end)}", lambda _: f"{start}{tables}\n{end}", page, flags=re.DOTALL)
+def train(options: argparse.Namespace) -> None:
+    """A short run in a folder, with checkpoints: ended by SIGKILL after step ``--kill``, or gone on with."""
+    state, folder = start(), options.out / options.cell
+    case = Case("smollm2-135m", options.rows // state.num_processes, options.seq, layers=options.layers)
+    case = dataclasses.replace(case, vocab=options.vocab, dtype=options.dtype, compile=False, warmup=0)
+    case = dataclasses.replace(case, steps=options.steps, processes=state.num_processes)
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 1, "learning_rate": 5e-3}
+    trainer = make_trainer(case, state, folder, [AtStep(killed=options.kill)], **saving)
+    trainer.train(resume_from_checkpoint=str(newest(folder)) if options.resume else None)
+    losses = {line["step"]: line["loss"] for line in trainer.state.log_history if "loss" in line}
+    keep(options, state, {"losses": losses, **trainer.engine_seen})
+    leave(state)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a YAML file: rank, rows, length, checkpointing; the shapes replace its model")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--shapes", default="Llama-3.1-8B,Llama-3.1-70B,Llama-3.1-405B", help="default %(default)s")
-    parser.add_argument("--gpus", type=lambda text: [int(n) for n in text.split(",")], default=[8, 32, 128, 512])
-    parser.add_argument("--page", type=Path, help="also write the tables between the marks of this page")
+def start() -> PartialState:
+    quieten_libraries()
+    if os.environ.get("LP_TINY") and engine.asked() in engine.SHARDED:
+        from benchmarks.cpu_engines import pretend
+
+        pretend()
+    state = PartialState(cpu=models.device().type == "cpu")
+    check_engine(state)
+    return state
+
+
+def make_trainer(
+    case: Case,
+    state: PartialState,
+    folder: Path,
+    callbacks: list[TrainerCallback],
+    in_parts: bool = False,
+    **options: Any,
+) -> PairedTrainer:
+    config = build_config(case, case.gradient_checkpointing)
+    config.train.update(options)
+    model = build_in_parts(case, config, state) if in_parts else shard(build(case, config, state.device))
+    dtype = models.resolve_dtype(case.dtype, state.device)
+    common: dict[str, Any] = {"model": model, "train_dataset": random_rows(case), "callbacks": callbacks}
+    common["args"] = training_arguments(config, folder, state, dtype, "none")
+    return paired_trainer(case, config, RowCollator(case.size[1], pad_token_id=0), common)
+
+
+def build(case: Case, config: Config, device: torch.device) -> nn.Module:
+    base = pair_layers(build_base(case, device), plan(case), config.plan.algebra)
+    return attach(base, plan(case), config)
+
+
+def build_in_parts(case: Case, config: Config, state: PartialState) -> nn.Module:
+    """Under FSDP2: other random weights, of a shape of which one GPU does not hold all."""
+    dtype = models.resolve_dtype(case.dtype, state.device)
+    model = shard(build_on_meta(model_config(case), plan(case), config, dtype)).to_empty(device=state.device)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.to_local().fill_(1.0) if "norm" in name else p.to_local().normal_(0, 0.02)
+            if "lora_B" in name:
+                p.to_local().zero_()
+    rotary = next(module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+    fresh = type(rotary)(model.config)
+    for name, buffer in rotary.named_buffers():
+        buffer.copy_(fresh.get_buffer(name))
+    return model
+
+
+def communication(profile: torch.profiler.profile) -> dict[str, float | None]:
+    """Of one step on this process's GPU: ms in collectives, waiting for other processes included, and ms of those in
+    which nothing else ran."""
+    if not torch.cuda.is_available():
+        return {"communication_ms": None, "exposed_ms": None}
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profile.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
+    on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    collectives = [e for e in on_gpu if "nccl" in e["name"].lower()]
+    others = [e for e in on_gpu if "nccl" not in e["name"].lower()]
+    return {
+        "communication_ms": covered(collectives) / 1e3,
+        "exposed_ms": (covered(on_gpu) - covered(others)) / 1e3,
+    }
+
+
+def covered(events: Iterable[dict[str, Any]]) -> float:
+    """Time in which at least one of them runs, in their unit."""
+    total, end = 0.0, 0.0
+    for begin, until in sorted((e["ts"], e["ts"] + e["dur"]) for e in events):
+        total += max(0.0, until - max(begin, end))
+        end = max(end, until)
+    return total
+
+
+def keep(options: argparse.Namespace, state: PartialState, line: dict[str, Any]) -> None:
+    if state.is_main_process:
+        appender(options.out / FILE)({"cell": options.cell, **line, **origin(state.device)})
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def show(options: argparse.Namespace) -> None:
+    """The table, what the runs agree on, and one JSON line."""
+    lines = [json.loads(line) for line in (options.out / FILE).read_text().splitlines()]
+    steps, runs = ([line for line in lines if name in line] for name in ("tokens_per_second", "losses"))
+    alone = {line["case"]["shape"]: line["tokens_per_second"] for line in steps if line["num_processes"] == 1}
+    print("| cell | GPUs | layers | tokens/s | of linear | GiB per GPU | communication, ms | exposed, ms |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for line in steps:
+        base = alone.get(line["case"]["shape"])
+        line["of_linear"] = line["tokens_per_second"] / base / line["num_processes"] if base else None
+        figures = (("of_linear", ".1%"), ("gib", ".1f"), ("communication_ms", ".1f"), ("exposed_ms", ".1f"))
+        rest = " | ".join("not run" if line[name] is None else format(line[name], form) for name, form in figures)
+        rest = f"{line['layers']} | {line['tokens_per_second']:,.0f} | {rest}"
+        print(f"| {line['cell']} | {line['num_processes']} | {rest} |")
+    kept = "cell engine num_processes layers compiled tokens_per_second of_linear ms_of_blocks gib communication_ms "
+    kept += "exposed_ms share_held device commit"
+    found: dict[str, Any] = {"steps": [{name: line[name] for name in kept.split()} for line in steps]}
+    found["agree"] = agreements(options.out, {line["cell"]: line["losses"] for line in runs})
+    for name, figures in found["agree"].items():
+        print(f"{name}: {figures}")
+    print(f"\n{json.dumps(found)}")
+
+
+def agreements(out: Path, losses: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Each run against that of its engine which one process made or which was not killed: the largest relative
+    difference of a loss, and of an adapter's matrix in the last checkpoint (norm of the difference over its norm)."""
+    found: dict[str, Any] = {}
+    for cell, ours in losses.items():
+        if (reference := "one" if cell.endswith("whole") else f"{cell.partition('-')[0]}-whole") not in losses:
+            continue
+        theirs = losses[reference]
+        curve = max(abs(ours[i] - theirs[i]) / theirs[i] for i in ours)
+        last = [newest(out / name) for name in (cell, reference)]
+        a, b = (load_file(folder / "adapter_model.safetensors") for folder in last)
+        same = a.keys() == b.keys() and last[0].name == last[1].name
+        apart = max(float((a[n] - b[n]).norm() / b[n].norm()) for n in b) if same else None
+        found[f"{cell} against {reference}"] = {"steps": len(ours), "loss": curve, "adapter": apart}
+    return found
+
+
+def newest(folder: Path) -> Path:
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands, default = top.add_subparsers(required=True), Case("")
+    one, run, table = (commands.add_parser(f.__name__, help=(f.__doc__ or "")[:60]) for f in (step, train, show))
+    for command, function in ((one, step), (run, train), (table, show)):
+        command.set_defaults(run=function)
+        command.add_argument("--out", type=Path, required=True, help="folder of scaling.jsonl")
+    for command in (one, run):
+        command.add_argument("--cell", required=True, help="its name in the table")
+        for name in ("layers", "vocab"):
+            command.add_argument(f"--{name}", type=int)
+        command.add_argument("--dtype", default=default.dtype)
+    one.add_argument("--shape", choices=SHAPES, required=True)
+    for name in ("batch", "seq", "steps", "warmup"):
+        one.add_argument(f"--{name}", type=int, default=getattr(default, name))
+    one.add_argument("--in-parts", action="store_true", help="no process ever holds all weights; FSDP2 only")
+    one.add_argument("--no-compile", dest="compile", action="store_false")
+    one.add_argument("--gradient-checkpointing", action="store_true")
+    for name, value in {"rows": 8, "seq": 256, "steps": 12, "kill": 0}.items():
+        run.add_argument(f"--{name}", type=int, default=value)
+    run.add_argument("--resume", action="store_true")
+    return top
+
+
+if __name__ == "__main__":
+    chosen = parser().parse_args()
+    sys.exit(chosen.run(chosen))

@@ -1,0 +1,49 @@
+"""Held-out KL over training tokens, of runs side by side.
+
+    PYTHONPATH=.:scripts python -m benchmarks.curves runs/plain runs/healed --out curves.png
+
+Of each run folder: metrics.jsonl and resolved_config.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from benchmarks.table import plt
+from lp_train.errors import UserError, exit_code
+
+
+def points(folder: Path) -> list[tuple[float, float]]:
+    """(million tokens, KL in nats per token) of each evaluation during training."""
+    try:
+        per_step = yaml.safe_load((folder / "resolved_config.yaml").read_text())["train"]["global_batch_tokens"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; name the folder of a run that trained") from None
+    return [(line["step"] * per_step / 1e6, line["eval_kl"]) for line in lines if "eval_kl" in line]
+
+
+def command(options: argparse.Namespace) -> None:
+    figure, axis = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+    for folder, style in zip(options.runs, ("^--", "o-", "s:", "d-."), strict=False):
+        found = points(folder)
+        axis.plot(*zip(*found, strict=True), style, label=folder.name)
+        print(f"{folder.name}: " + ", ".join(f"{kl:.4f} at {tokens:.1f} M" for tokens, kl in found))
+    axis.set(xlabel="training tokens [M]", ylabel="KL to the original\n[nats per token]", ylim=(0, None))
+    axis.grid(alpha=0.5)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(options.out, dpi=160)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, help="the plot, a PNG")
+    options = parser.parse_args()
+    sys.exit(exit_code(lambda: command(options)))

@@ -1,0 +1,79 @@
+"""What pairing gains and costs: decoding speed of fused models beside their KL, NLL and tasks.
+
+    PYTHONPATH=.:scripts python -m benchmarks.trade_off RUN [RUN ...] --out trade_off.png
+
+Of each run folder: report.json, evaluation.json (scripts/evaluate_run.py, the group ``seven``) where there is one, and
+infer.jsonl (scripts/bench.py infer --model RUN --parts decode --out RUN/infer.jsonl). Speed-ups are of the original in
+the same process. Prints a table; writes the plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import cell, markdown, plt
+from lp_train.errors import UserError, exit_code
+from lp_train.evaluation.plots import NAMES, PAIRED, RECOVERED
+
+HEADER = ("depth", "CUDA graph", "eager", "NLL original", "recovered", "KL untuned", "recovered", "seven tasks kept")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Depth, speed-up by mode, fidelity and the share of the seven tasks' mean that is kept (None: not measured)."""
+    try:
+        report = json.loads((folder / "report.json").read_text())
+        cells = [json.loads(line)["cell"] for line in (folder / "infer.jsonl").read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; the module's help says what writes it") from None
+    ms = {(c["mode"], c["form"]): c["ms"] for c in cells if c["what"] == "decode" and "ms" in c}
+    speed = {mode: ms[mode, "sequential"] / ms[mode, "fused"] for mode in ("graph", "eager") if (mode, "fused") in ms}
+    tasks = folder / "evaluation.json"
+    groups = json.loads(tasks.read_text())["groups"] if tasks.exists() else {}
+    kept = groups["seven"]["comparisons"]["recovered"]["retained"] if "seven" in groups else None
+    return {"depth": report["effective_depth"], "speed": speed, "kept": kept, **report}
+
+
+def row(run: dict[str, Any]) -> list[str]:
+    speeds = [cell(run["speed"].get(mode), "{:.2f} x") for mode in ("graph", "eager")]
+    nll = [f"{run[model]['nll']:.3f}" for model in ("sequential", "recovered")]
+    kl = [f"{run[model]['kl']:.3f}" for model in ("paired", "recovered")]
+    return [str(run["depth"]), *speeds, *nll, *kl, cell(run["kept"], "{:.1f} %")]
+
+
+def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """KL and kept tasks against the speed-up as a CUDA graph; the original is at 1."""
+    figure, axes = plt.subplots(2, 1, figsize=(5.6, 5.4), sharex=True, layout="constrained")
+    speeds = [1.0, *(run["speed"]["graph"] for run in runs)]
+    for model, style, color in (("paired", "^--", PAIRED), ("recovered", "o-", RECOVERED)):
+        kls = [0.0, *(run[model]["kl"] for run in runs)]
+        axes[0].plot(speeds, kls, style, color=color, label=NAMES[model])
+    axes[0].set(ylabel="KL to the original\n[nats per token]", ylim=(0, None))
+    axes[0].legend(frameon=False)
+    axes[1].plot(speeds, [100.0, *(run["kept"] for run in runs)], "o-", color=RECOVERED)
+    axes[1].set(ylabel="seven tasks, mean\n[% of the original]", xlabel="decoding speed, fused [x of the original]")
+    for speed, run in zip(speeds[1:], runs, strict=True):
+        axes[1].annotate(f"depth {run['depth']}", (speed, run["kept"]), (6, 4), textcoords="offset points")
+    for axis in axes:
+        axis.margins(x=0.12)
+        axis.grid(alpha=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=160)
+
+
+def command(options: argparse.Namespace) -> None:
+    runs = sorted(map(read, options.runs), key=lambda run: -run["depth"])
+    print(markdown(HEADER, map(row, runs), left=()))
+    plot(runs, options.out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, help="the plot, a PNG")
+    options = parser.parse_args()
+    sys.exit(exit_code(lambda: command(options)))

@@ -1,0 +1,178 @@
+"""DDP, FSDP2, ZeRO-2 and ZeRO-3 on two gloo processes against one, through the trainer and the program itself."""
+
+import importlib.util
+import json
+import shutil
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import PartialState
+from engine_worker import cases, run
+from launched import ENGINES, Program, ends, losses, start_engine, weights
+from safetensors.torch import load_file
+from test_two_processes import assert_same_figures
+from tiny_run import save_model
+from tiny_trainer import assert_same_weights, paired_with_adapter
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lp_train.cluster import engine
+from lp_train.cluster.launch import check_engine
+from lp_train.cluster.shard import whole_state
+from lp_train.errors import UserError
+from lp_train.models import check_adapter
+
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+def needs(name: str) -> Any:
+    missing = name.startswith("ZeRO") and not HAS_DEEPSPEED
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason="deepspeed is not installed"))
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "model", tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapters and figures of each case, by one process."""
+    results = tmp_path_factory.mktemp("alone")
+    for name, case in cases():
+        run(model, results, name, case, PartialState(cpu=True))
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [needs(name) for name in ENGINES])
+def test_an_engine_takes_the_step_of_one_process(name: str, model: Path, alone: Path, tmp_path: Path) -> None:
+    """Gradient and saved adapter of each case: the adapter is the start less the gradient of one global batch."""
+    codes, output = ends(start_engine("engine_worker.py", name, str(model), str(tmp_path)))
+    assert codes == [0, 0], output
+    for case, _ in cases():
+        found, expected = (json.loads((folder / f"{case}.json").read_text()) for folder in (tmp_path, alone))
+        assert (found["engine"], found["num_processes"], found["backend"]) == (name, 2, "gloo")
+        assert found["share_held"] == pytest.approx(0.5 if name in engine.IN_PARTS else 1.0, abs=0.01)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert_same_figures(found["figures"], expected["figures"])
+        assert_same_weights(saved(tmp_path / case), saved(alone / case))
+
+
+@pytest.mark.slow
+def test_each_case_has_a_gradient_in_every_adapter(alone: Path, model: Path) -> None:
+    """Without one the step would leave it as it was, under every engine alike."""
+    names = [name for name, _ in cases()]
+    for a, b in zip(names, names[3:], strict=False):  # lp and par start from the same adapter
+        ours, theirs = saved(alone / a), saved(alone / b)
+        assert all(not ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+def test_a_pair_cut_into_two_units_fails(model: Path, tmp_path: Path) -> None:
+    """Why ``shard_layers`` exists: the second layer meets the shards of the first."""
+    codes, output = ends(start_engine("engine_worker.py", "FSDP2", str(model), str(tmp_path), "layers"))
+    assert codes != [0, 0] and "mixed torch.Tensor and DTensor" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [needs(name) for name in ("FSDP2", "ZeRO-3")])
+def test_the_program_under_an_engine_is_that_of_one_process(
+    name: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Training, evaluation, generation, control and what is saved; then killed and resumed, where whole files allow it
+    by one process."""
+    options = ("train.max_steps=4", "train.per_device_train_batch_size=1", "loss.ce=0.25", "train.save_steps=2")
+    program = Program(tmp_path, tiny_tokenizer, *options, "train.load_best_model_at_end=true", "evaluate.prompt=A list")
+    expected = program.run("one")
+    arguments = (str(program.config), *program.options)
+    codes, output = ends(start_engine("engine_program.py", name, *arguments, f"train.output_dir={tmp_path / 'two'}"))
+    assert codes == [0, 0], output
+    assert_same_weights(weights(tmp_path / "two"), weights(expected))
+    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path / "two", expected))
+    for figures in ("sequential", "paired", "recovered", "control"):
+        assert_same_figures(ours[figures], theirs[figures])
+    assert ours["cost"] == theirs["cost"] and ours["sample"] == theirs["sample"]
+    assert ours["environment"]["engine"] == name and theirs["environment"]["engine"] == "NO"
+
+
+@pytest.mark.slow
+def test_sharded_checkpoints_go_on(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """FSDP2's are whole files: another number of processes goes on from them, and DDP does not."""
+    program = Program(tmp_path, tiny_tokenizer, "train.max_steps=4", "train.eval_steps=4", "train.save_steps=2")
+    folder, arguments = tmp_path / "run", (str(program.config), *program.options)
+    whole = program.run("whole")
+    codes, output = ends(start_engine("engine_program.py", "FSDP2", *arguments, f"train.output_dir={folder}"))
+    assert codes == [0, 0], output
+    for path in (folder / "checkpoint-4", folder / "report.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    codes, output = ends(program.start("run", "--resume"))
+    assert codes == [2] and "written by processes 2 x FSDP2, this run has 1 x NO; launch it as before" in output
+    resumed = (*arguments, f"train.output_dir={folder}", "--resume")
+    codes, output = ends(start_engine("engine_program.py", "FSDP2", *resumed, processes=1))
+    assert codes == [0] and "note: written by 2 processes, this run has 1" in output
+    assert_same_weights(weights(folder), weights(whole))
+    assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)
+
+
+# --- what is refused in one line
+
+
+class World:
+    """Of accelerate's state what the checks read."""
+
+    def __init__(self, kind: str, processes: int) -> None:
+        self.distributed_type, self.num_processes = types.SimpleNamespace(value=kind), processes
+
+
+@pytest.mark.parametrize(
+    ("environment", "kind", "told"),
+    [
+        (ENGINES["FSDP2"], "MULTI_CPU", "engine FSDP2: on CPUs accelerate would go on without it"),
+        (ENGINES["ZeRO-2"], "NO", "engine ZeRO-2: on CPUs accelerate would go on without it"),
+        ({**ENGINES["FSDP2"], "FSDP_VERSION": "1"}, "MULTI_GPU", "engine FSDP1: not supported"),
+        ({**ENGINES["ZeRO-3"], "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "DEEPSPEED", "engine ZeRO-1: not supported"),
+        ({**ENGINES["FSDP2"], "FSDP_STATE_DICT_TYPE": ""}, "MULTI_GPU", "fsdp_state_dict_type : any number"),
+        ({**ENGINES["FSDP2"], "FSDP_OFFLOAD_PARAMS": "true"}, "MULTI_GPU", "fsdp_offload_params true: the loss needs"),
+    ],
+)
+def test_an_engine_that_would_not_run_is_refused(
+    environment: dict[str, str], kind: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**environment, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=told):
+        check_engine(World(kind, 2))
+
+
+def test_another_engine_than_asked_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    assert engine.look(model, 6, 6) == {"engine": "NO", "num_processes": 1, "backend": None, "share_held": 1.0}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="num_processes 2: asked for, but 1 runs"):
+        engine.look(model, 6, 6)
+    for name, value in ENGINES["FSDP2"].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="engine FSDP2: asked for, but NO runs"):
+        engine.look(model, 6, 6)
+
+
+def test_an_adapter_that_is_not_whole_is_told(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    model = paired_with_adapter(tiny_llama, 0.0)
+    live = whole_state(model, trained=True)
+    model.save_pretrained(tmp_path, state_dict=live)
+    check_adapter(model, tmp_path, live)
+    name = next(iter(live))
+    for spoilt in (live | {name: live[name] * 1.001}, live | {name: live[name][:1]}, live | {name: live[name][:0]}):
+        with pytest.raises(UserError, match="this adapter is not whole"):
+            check_adapter(model, tmp_path, spoilt)
+    fewer = {n: value for n, value in live.items() if n != name}
+    model.save_pretrained(tmp_path, state_dict=fewer)
+    with pytest.raises(UserError, match=f"{len(fewer)} tensors saved of {len(live)} that are trained"):
+        check_adapter(model, tmp_path, live)
