@@ -33,7 +33,7 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
             decoder_of(model).layers[i].float().requires_grad_(True)
         return model
     options = dict(config.lora)
-    del options["scope"], options["start_from"]
+    del options["scope"], options["start_from"], options["heal_tokens"]
     wanted, layers = options.pop("target_modules", None), adapted_layers(plan, config)
     targets = [name for name in projections(model, layers) if selects(wanted, name)]
     if not targets:

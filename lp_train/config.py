@@ -169,6 +169,7 @@ _TRAIN_TYPES = {  # ours, and where we allow more or less than the library
 _LORA_TYPES = {
     "scope": Literal["paired", "suffix"],
     "start_from": str | None,
+    "heal_tokens": int,
     "init_lora_weights": bool | str,  # pissa_niter_4: has its own line
 }
 

@@ -73,6 +73,9 @@ def _lora(config: Config) -> Iterator[str]:
         yield f"lora.bias {lora['bias']!r}: {_TEACHER}; use none, or lora_bias: true"
     if lora["start_from"] and config.tune == "full":
         yield f"lora.start_from {lora['start_from']!r}: an adapter, and tune is full; use tune: lora, or leave it out"
+    if lora["start_from"] == "heal" and lora["heal_tokens"] < config.train["max_length"]:
+        row = f"less than one row of train.max_length {config.train['max_length']}"
+        yield f"lora.heal_tokens {lora['heal_tokens']}: {row}; give some tens of thousands"
     if lora["start_from"] and init == "eva":
         yield f"lora.start_from {lora['start_from']!r}: replaces what init_lora_weights eva makes; leave one out"
     for name in lora.get("modules_to_save") or []:

@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import argparse
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ from lp_train.distill import fp8
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.callbacks import Console, MetricsFile
 from lp_train.distill.compiled import choose_engine
+from lp_train.distill.healed import HEAL, fit
 from lp_train.distill.trainer import PairedTrainer, peak_memory_gib
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError, exit_code
@@ -126,7 +127,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
 
     # what a user can get wrong is looked at before weights are loaded
     say(f"{config.name}: {config.model.name_or_path}, {plan or config.plan.pairs}")
-    start = models.adapter_folder(config.lora["start_from"]) if config.lora["start_from"] else None
+    start = models.adapter_folder(config.lora["start_from"]) if config.lora["start_from"] not in (None, HEAL) else None
     dtype = models.resolve_dtype(config.model.dtype, state.device)
     check_submit(config)
     report_to = track.report_to(config.track) if state.is_main_process else "none"
@@ -144,11 +145,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     extra = unquantised_original(plan, bench) if config.model.quantization else {}
     set_seed(args.seed)
     model = build_model(config, plan, state.device)
-    if config.lora.get("init_lora_weights") == "eva":
-        with bench.autocast():
-            start_from_activations(model, bench.training_batches(args.per_device_train_batch_size, 16, model.device))
-    if start:
-        models.load_adapter(model, start)
+    extra |= start_adapters(model, bench, start, args.per_device_train_batch_size, say)
     trainable, everything = count_parameters(model)
     say(f"trains {trainable:,} of {everything:,} parameters")
 
@@ -222,6 +219,24 @@ def check_base(config: Config) -> int:
         if value and engine.asked() in engine.IN_PARTS:
             raise UserError(f"{key} {value!r}: such weights cannot be cut; use configs/accelerate/ddp.yaml")
     return model_config.num_hidden_layers
+
+
+def start_adapters(
+    model: nn.Module, bench: Bench, start: Path | None, rows: int, say: Callable[..., Any]
+) -> dict[str, Any]:
+    """Before training: the adapter in ``start``, or what the model's activations say (``init_lora_weights: eva``,
+    ``start_from: heal``). Returns what the report holds of it."""
+    lora, where = bench.config.lora, model.device
+    if start:
+        models.load_adapter(model, start)
+    if lora.get("init_lora_weights") == "eva":
+        with bench.autocast():
+            start_from_activations(model, bench.training_batches(rows, 16, where))
+    if lora["start_from"] != HEAL:
+        return {}
+    healed = fit(model, bench.first_batches(lora["heal_tokens"], where), bench.autocast)
+    say(f"healed: adapters fitted on {healed['tokens']:,} tokens in {healed['seconds']:.0f} s")
+    return {"healed_start": healed}
 
 
 def load_data(config: Config, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:

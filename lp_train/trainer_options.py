@@ -77,7 +77,8 @@ OWNED_TRAIN: dict[str, str] = {name: reason for reason, names in _KEPT.items() f
 
 OUR_LORA_DEFAULTS: dict[str, Any] = {
     "scope": "paired",
-    "start_from": None,  # a run or adapter folder, such as scripts/heal.py writes
+    "start_from": None,  # a run or adapter folder, such as scripts/heal.py writes, or heal: fitted before training
+    "heal_tokens": 65536,  # of data.train, for start_from: heal
     "r": 16,
     "lora_dropout": 0.0,
     "target_modules": None,

@@ -23,6 +23,7 @@ Prints a table, and as the last line one JSON object.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -31,7 +32,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from benchmarks import draft, harness, infer, losses, many_gpus, predict, results, sweep, table, training
+from benchmarks import draft, infer, losses, many_gpus, predict, results, sweep, table, training
 from benchmarks.case import SHAPES, Case
 from lp_train import models
 from lp_train.cluster.launch import quieten_libraries
@@ -73,6 +74,10 @@ def tasks(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     if not config.evaluate.tasks:
         raise UserError("evaluate.tasks []: nothing to run; name tasks, e.g. evaluate.tasks=[hellaswag_local]")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("harness: needs the package lm-eval; run `pip install -e .[eval]`")
+    from benchmarks import harness  # all other benchmarks run without lm-eval
+
     found = harness.run(config, options.repeats, say)
     report(table.harness(found), found)
 

@@ -3,6 +3,7 @@
     python scripts/heal.py configs/smollm2_135m.yaml --rank 64 data.train="/path/*.train.jsonl.xz"
     python scripts/heal.py configs/llama1b.yaml --rank full --tokens 65536 --out runs/llama1b-healed
     accelerate launch lp_train/finetune.py configs/smollm2_135m.yaml lora.r=64 lora.start_from=runs/smollm2_135m-healed
+    accelerate launch lp_train/finetune.py configs/smollm2_135m.yaml lora.start_from=heal    # both in one
 
 A minute on a CPU, on text that comes with Python:
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +31,7 @@ from lp_train import models
 from lp_train.cluster.launch import quieten_libraries, use_all_cores
 from lp_train.config import Config, load_config
 from lp_train.data import RowCollator, build_data
-from lp_train.distill.replay import run_prefix
+from lp_train.distill.healed import fit
 from lp_train.distill.trainer import peak_memory_gib
 from lp_train.errors import UserError, exit_code
 from lp_train.evaluation import report as reports
@@ -40,7 +40,7 @@ from lp_train.evaluation.fidelity import as_it_is
 from lp_train.evaluation.runs import write_card
 from lp_train.finetune import build_model, check_model, save_result
 from lp_train.pairing import PairPlan, adapters_off
-from lp_train.pairing.heal import Stream, check_healable, heal
+from lp_train.pairing.heal import check_healable
 from lp_train.run_folder import check_run_folder, open_run_folder
 
 
@@ -97,15 +97,14 @@ def run(config: Config, tokens: int, overwrite: bool = False) -> dict[str, Any]:
     model = build_model(config, plan, state.device)
     check_healable(model)
     open_run_folder(folder, config, state, resume=False)
-
-    started = time.perf_counter()
-    streams = read_streams(model, bench, tokens)
-    errors = heal(model, streams, bench.autocast)
-    fitted: dict[str, Any] = {"asked_tokens": tokens, "tokens": sum(int(s.counts.sum()) for s in streams)}
-    fitted["seconds"] = time.perf_counter() - started
+    fitted = {
+        "asked_tokens": tokens,
+        "rank": config.lora["r"],
+        **fit(model, bench.first_batches(tokens), bench.autocast),
+    }
     print(f"fitted on {fitted['tokens']:,} tokens in {fitted['seconds']:.0f} s", flush=True)
 
-    report = make_report(plan, bench, model, fitted | {"rank": config.lora["r"], "pair_errors": errors})
+    report = make_report(plan, bench, model, fitted)
     save_result(model, tokenizer, config, folder, bench.state)
     reports.write(folder / "report.json", reports.as_json(report))
     reports.write_document(folder, report)
@@ -113,22 +112,6 @@ def run(config: Config, tokens: int, overwrite: bool = False) -> dict[str, Any]:
     print(f"\n{reports.table(report)}\n\n{reports.sentence(report)}\n")
     print(f"report {folder}/report.md and report.html, weights {folder}/adapter/")
     return report
-
-
-def read_streams(model: nn.Module, bench: Bench, tokens: int) -> list[Stream]:
-    """Whole batches of the first ``tokens`` tokens of the training text, run as far as the first pair.
-
-    The first token of a document does not count: it attends to itself alone, and some models put values there that
-    outweigh all others.
-    """
-    rows = min(tokens // bench.config.train["max_length"], len(bench.data.train))
-    size = min(rows, bench.config.evaluate.batch_size)
-    streams = []
-    for batch in bench.training_batches(size, rows // size):
-        with bench.autocast():
-            hidden, blocks = run_prefix(model, batch)
-        streams.append(Stream(hidden, blocks, counts=(batch["position_ids"] > 0).flatten()))
-    return streams
 
 
 def make_report(plan: PairPlan, bench: Bench, model: nn.Module, fitted: dict[str, Any]) -> dict[str, Any]:

@@ -332,6 +332,10 @@ MISTAKES: dict[str, Mistake] = {
         "lora.start_from={shared}/run lora.init_lora_weights=eva",
         r"lora\.start_from '\S+/run': replaces what init_lora_weights eva makes; leave one out",
     ),
+    "healing on nothing": Mistake(
+        "lora.start_from=heal lora.heal_tokens=8",
+        r"lora\.heal_tokens 8: less than one row of train\.max_length \d+; give",
+    ),
     "start of another rank": Mistake(
         "lora.start_from={shared}/run lora.r=2 lora.lora_alpha=8",
         r"start_from '\S+': made with lora\.r 4, this run has 2; use 4",

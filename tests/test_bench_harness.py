@@ -38,3 +38,10 @@ def test_a_run_without_tasks_is_a_mistake(command: list[str]) -> None:
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("error: evaluate.tasks []: nothing to run")
+
+
+def test_only_tasks_need_lm_eval(command: list[str]) -> None:
+    without = "import sys; sys.modules['lm_eval'] = None; import bench; sys.exit(bench.main(sys.argv[1:]))"
+    given = [sys.executable, "-c", without, *command[2:], "evaluate.tasks=[piqa_local]"]
+    refused = subprocess.run(given, capture_output=True, text=True, cwd=SCRIPT.parent)
+    assert refused.returncode == 2 and "harness: needs the package lm-eval; run" in refused.stderr

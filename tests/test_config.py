@@ -47,7 +47,14 @@ def test_the_name_is_the_file_and_names_the_run_folder(path: Path) -> None:
 
 def test_lora_defaults(path: Path) -> None:
     lora = load_config(path, ["lora.r=8"]).lora
-    expected = {"scope": "paired", "start_from": None, "r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+    expected = {
+        "scope": "paired",
+        "start_from": None,
+        "heal_tokens": 65536,
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+    }
     assert lora == expected | {"target_modules": None}
     assert load_config(path, ["lora.r=8", "lora.lora_alpha=4"]).lora["lora_alpha"] == 4
 

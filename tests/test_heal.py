@@ -296,6 +296,23 @@ def test_training_goes_on_from_it(config: Path, healed: Path) -> None:
     assert trained["recovered"]["kl"] == pytest.approx(start["recovered"]["kl"], rel=1e-4)
 
 
+def test_training_heals_first(config: Path, healed: Path) -> None:
+    folder = config.parent / "healed-and-trained"
+    options = [
+        "lora.r=8",
+        "lora.start_from=heal",
+        "lora.heal_tokens=4096",
+        "train.learning_rate=1e-9",
+        "train.max_steps=16",
+    ]
+    assert finetune.main([str(config), *options, f"train.output_dir={folder}"]) == 0
+    report, alone = (json.loads((path / "report.json").read_text()) for path in (folder, healed))
+    assert 3500 < report["healed_start"]["tokens"] <= 4096
+    assert report["paired"] == alone["paired"]
+    assert report["recovered"]["kl"] == pytest.approx(alone["recovered"]["kl"], rel=0.1)  # of other rows
+    assert "from a healed start" in (folder / "report.md").read_text()
+
+
 MISTAKES = {
     "too few tokens": (["--tokens", "63"], "--tokens 63: less than one row of train.max_length 64; give at least 64"),
     "rank 0": (["--rank", "0"], "lora.r 0: a rank is at least 1"),

@@ -39,6 +39,12 @@ class Bench:
             batch = self.collate([self.data.train[i] for i in range(start, min(start + rows, len(self.data.train)))])
             yield {name: batch[name].to(where or self.state.device) for name in ("input_ids", "position_ids")}
 
+    def first_batches(self, tokens: int, where: torch.device | None = None) -> Iterator[dict[str, Tensor]]:
+        """Whole batches of the first ``tokens`` tokens of the training rows, as :meth:`training_batches`."""
+        rows = min(max(1, tokens // self.config.train["max_length"]), len(self.data.train))
+        size = min(rows, self.config.evaluate.batch_size)
+        return self.training_batches(size, rows // size, where)
+
     def measure(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, Fidelity]:
         """The original (``sequential``) and each variant on the run's held-out rows; all processes take part."""
         size, where = self.config.evaluate.batch_size, (self.state.process_index, self.state.num_processes)
