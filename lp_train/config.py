@@ -107,6 +107,7 @@ class EvaluateConfig:
 
     ``tasks``: names of lm-eval's tasks and of those in ``configs/tasks``, whose files lie in ``task_data``.
     ``generation_prompts``: beginnings of held-out documents that all models continue by ``generation_tokens``.
+    ``submit`` slurm: each checkpoint is measured by a job of its own (``slurm/evaluate.sbatch``).
     ``task_limit``: items of each task, a fixed sample. ``task_batch_size``: rows; null for as many as fit usually.
     """
 
@@ -121,6 +122,7 @@ class EvaluateConfig:
     num_fewshot: int | None = None
     task_limit: int | None = None
     task_batch_size: int | None = None
+    submit: Literal["slurm"] | None = None
 
 
 @dataclass(frozen=True)

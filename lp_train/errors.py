@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import Any
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
@@ -18,7 +21,8 @@ class UserError(ValueError):
 
 
 def exit_code(command: Callable[[], Any], debug: bool = False) -> int:
-    """Runs a command: 0, or 2 for a mistake of the user, told in one line; ``debug`` keeps the traceback instead."""
+    """Runs a command: 0, or 2 for a mistake of the user or a full disk, told in one line; ``debug`` keeps the
+    traceback instead."""
     try:
         command()
     except UserError as error:
@@ -27,5 +31,10 @@ def exit_code(command: Callable[[], Any], debug: bool = False) -> int:
         if error.line_is_open:
             print(file=sys.stderr)
         print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if debug or error.errno not in NO_ROOM:
+            raise
+        print(f"\nerror: {error}; make room, and go on with --resume what has it", file=sys.stderr)
         return 2
     return 0

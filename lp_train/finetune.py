@@ -46,6 +46,7 @@ from lp_train.cluster.launch import (
 )
 from lp_train.cluster.preemption import EXIT_PREEMPTED, Preempted
 from lp_train.cluster.shard import shard, whole_state
+from lp_train.cluster.submit import SubmitEvaluation, check_submit
 from lp_train.config import Config, config_to_yaml, load_config
 from lp_train.data import Data, RowCollator, build_data
 from lp_train.distill import fp8
@@ -128,6 +129,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     say(f"{config.name}: {config.model.name_or_path}, {plan or config.plan.pairs}")
     start = models.adapter_folder(config.lora["start_from"]) if config.lora["start_from"] not in (None, HEAL) else None
     dtype = models.resolve_dtype(config.model.dtype, state.device)
+    check_submit(config)
     report_to = track.report_to(config.track) if state.is_main_process else "none"
     args = training_arguments(config, folder, state, dtype, report_to)
     say(f"{state.num_processes} x {state.device.type} in {dtype}, {args.max_steps} steps".replace("torch.", ""))
@@ -153,12 +155,15 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     shard(model)
     open_run_folder(folder, config, state, resume)
     if state.is_main_process:
-        track.start(config.track, folder, config.name)
+        record = {"config": dataclasses.asdict(config), "environment": reports.environment(state.device)}
+        track.start(config.track, folder, config.name, record, say)
 
     # what pairing costs, training, what came back
     progress = Progress(bench, tokenizer, watch, say)
     progress.before(model)
     trainer = make_trainer(model, args, bench, tokenizer)
+    if config.evaluate.submit:
+        trainer.add_callback(SubmitEvaluation(say))
     trainer.measure = lambda: progress.during(model, trainer.state.global_step, trainer.state.max_steps)
     if state.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -9,24 +9,32 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from lp_train import models
 from lp_train.cluster import engine
 from lp_train.cluster.checkpoint import SAVING, newest_whole
 from lp_train.config import Config, config_to_yaml
 from lp_train.distill.trainer import TOTALS
 from lp_train.errors import UserError
-from lp_train.models import check_stamp
+from lp_train.evaluation import report as reports
 
 CONFIG = "resolved_config.yaml"  # written first; it marks a folder as ours
+CODE = Path(__file__).parent  # in a checkout
 LOCK = ".lock"  # there while a process writes the folder
-BEFORE_TRAINING = {CONFIG, LOCK, "wandb_id"}  # all that a run leaves which was stopped before its first step
+STARTS = "starts"  # what each start of the run was made by
+# all that a run leaves which was stopped before its first step:
+BEFORE_TRAINING = {CONFIG, LOCK, STARTS, "wandb_id", "wandb"}
 
 
 def check_run_folder(config: Config, resume: bool, overwrite: bool) -> Path:
@@ -94,7 +102,7 @@ def checkpoint_to_resume(
     broadcast_object_list(newest)
     if newest[0] is None:
         return None
-    check_stamp(newest[0], model)
+    models.check_stamp(newest[0], model)
     (processes, written_by), ours = json.loads((newest[0] / TOTALS).read_text())["processes"], engine.asked()
     whole = written_by in engine.WHOLE and ours in engine.WHOLE
     if not whole and (written_by != ours or (ours.startswith("ZeRO") and processes != state.num_processes)):
@@ -119,7 +127,33 @@ def open_run_folder(folder: Path, config: Config, state: PartialState, resume: b
             if path not in (new, old, folder / LOCK):
                 path.rename(old / path.name)
         os.replace(new / CONFIG, folder / CONFIG)
+        _record_start(folder, state)
         for emptied in (new, old):
             shutil.rmtree(emptied)
         shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a run that was killed while it saved
     state.wait_for_everyone()
+
+
+def _record_start(folder: Path, state: PartialState) -> None:
+    """``starts/N/``: configuration, command, environment, the code's changes since its commit with the names of files
+    that git does not know, and the job script that Slurm ran (``LP_SBATCH``)."""
+    found: dict[str, Any] = reports.environment(state.device) | {"command": sys.argv, "host": socket.gethostname()}
+    found["packages"] = {package.name: package.version for package in metadata.distributions()}
+    job = found["job"] = os.environ.get("SLURM_JOB_ID")
+    changes = _git("diff", "HEAD", "--binary") + _git("ls-files", "--others", "--exclude-standard")
+
+    def write(new: Path) -> None:
+        shutil.copy(folder / CONFIG, new)
+        (new / "environment.json").write_text(reports.as_json(found))
+        if changes:
+            (new / "code.diff").write_bytes(changes)
+        if job and Path(script := os.environ.get("LP_SBATCH", "")).is_file():
+            shutil.copy(script, new / "job.sbatch")
+
+    models.write_folder(folder / STARTS / str(1 + len(list(folder.glob(f"{STARTS}/*")))), write)
+
+
+def _git(*arguments: str) -> bytes:
+    with contextlib.suppress(OSError):
+        return subprocess.run(["git", "-C", str(CODE), *arguments], capture_output=True).stdout
+    return b""

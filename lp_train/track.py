@@ -6,7 +6,7 @@ import importlib.util
 import netrc
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -16,6 +16,9 @@ from lp_train.errors import UserError
 from lp_train.evaluation.tables import fidelity, tables
 
 HOST = "https://api.wandb.ai"
+STEP = "train/global_step"  # as the Trainer's callback names our step
+
+FINISH = 300  # seconds that the end waits for an upload; what is left stays in the folder
 
 
 def report_to(config: TrackConfig) -> str:
@@ -32,34 +35,53 @@ def report_to(config: TrackConfig) -> str:
     return "wandb"
 
 
-def start(config: TrackConfig, folder: Path, run_name: str) -> str:
-    """Sets W&B's environment for the Trainer's callback; returns :func:`report_to`."""
+def choose_mode(config: TrackConfig) -> tuple[str, str]:
+    """(online, offline or off, and why). ``WANDB_MODE`` goes before ``track.wandb``."""
     if report_to(config) == "none":
-        return "none"
-    mode = config.wandb
-    if mode == "auto":
-        mode = "online" if _has_key() and _reachable() else "offline"
+        return "off", "track.wandb is off" if config.wandb == "off" else "the package wandb is not installed"
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode, f"WANDB_MODE is {mode}"
+    if config.wandb == "offline":
+        return "offline", "track.wandb is offline"
+    if not _has_key():
+        return "offline", f"no key for {_host()}; run `wandb login`"
+    return ("online", f"{_host()} answers") if _reachable() else ("offline", f"{_host()} cannot be reached")
+
+
+def start(
+    config: TrackConfig, folder: Path, run_name: str, record: Mapping[str, Any], say: Callable[[str], None] = print
+) -> bool:
+    """Starts W&B's run of this folder, or goes on with it; the Trainer's callback finds it. ``record`` becomes its
+    configuration. What W&B refuses is told in a line, and the run is kept in the folder. Returns whether there is one.
+    """
+    mode: Any
+    mode, why = choose_mode(config)
+    if mode == "off":
+        return False
+    import wandb
+
     id_file = folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(os.urandom(4).hex())
-    os.environ.setdefault("WANDB_MODE", mode)
-    os.environ.update(
-        WANDB_PROJECT=config.project,
-        WANDB_NAME=config.name or run_name,
-        WANDB_DIR=str(folder),
-        WANDB_RUN_ID=id_file.read_text().strip(),
-        WANDB_RESUME="allow",
-        **({"WANDB_TAGS": ",".join(config.tags)} if config.tags else {}),
-    )
-    return "wandb"
+    options: dict[str, Any] = {"project": config.project, "name": config.name or run_name, "tags": config.tags}
+    options |= {"dir": str(folder), "id": id_file.read_text().strip(), "resume": "allow", "config": dict(record)}
+    options["settings"] = wandb.Settings(silent=True, finish_timeout=FINISH)
+    try:
+        wandb.init(mode=mode, **options)
+    except wandb.Error as error:
+        mode, why = "offline", " ".join(str(error).split())
+        wandb.teardown()  # what was begun holds the id
+        wandb.init(mode=mode, **options)
+    if mode == "offline" and config.wandb != "offline":
+        say(f"W&B: {why}; the run is kept in {folder}/wandb, for: bash scripts/wandb_sync.sh {folder}")
+    wandb.define_metric(STEP)
+    wandb.define_metric("eval/*", step_metric=STEP)  # W&B's own step starts again when a run is resumed offline
+    return True
 
 
 def add(config: TrackConfig, folder: Path, run_name: str, document: Mapping[str, Any]) -> None:
     """Adds what was measured after a run to its W&B run; nothing where the run was not tracked."""
-    if (folder / "wandb_id").exists() and start(config, folder, run_name) == "wandb":
-        import wandb
-
-        wandb.init()
+    if (folder / "wandb_id").exists() and start(config, folder, run_name, {}):
         finish(document, folder)
 
 
@@ -86,21 +108,22 @@ def finish(document: Mapping[str, Any], folder: Path) -> None:
 
 
 def _host() -> str:
-    return urlparse(os.environ.get("WANDB_BASE_URL", HOST)).hostname or ""
+    return urlparse(os.environ.get("WANDB_BASE_URL", HOST)).netloc
 
 
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return netrc.netrc().authenticators(_host()) is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(_host()) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
 
 def _reachable(timeout: float = 3.0) -> bool:
+    url = urlparse(os.environ.get("WANDB_BASE_URL", HOST))
     try:
-        socket.create_connection((_host(), 443), timeout=timeout).close()
+        socket.create_connection((url.hostname or "", url.port or 443), timeout=timeout).close()
     except OSError:
         return False
     return True

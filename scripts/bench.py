@@ -7,6 +7,7 @@ Of tasks: lm-eval over our model object beside the bare model. Of inference: in 
     python scripts/bench.py loss --rows 16384 --width 4096 --vocab 128256
     python scripts/bench.py infer --shape llama-8b --modes graph --batches 1 --contexts 512 --out runs/infer.jsonl
     python scripts/bench.py predict runs/infer.jsonl
+    python scripts/bench.py scaling configs/llama8b.yaml train.gradient_checkpointing=true
     python scripts/bench.py draft runs/demo --prompts 4
     python scripts/bench.py harness configs/smollm2_135m.yaml evaluate.tasks=[hellaswag_local] evaluate.task_data=DATA
 
@@ -31,7 +32,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from benchmarks import draft, infer, losses, predict, results, sweep, table, training
+from benchmarks import draft, infer, losses, many_gpus, predict, results, sweep, table, training
 from benchmarks.case import SHAPES, Case
 from lp_train import models
 from lp_train.cluster.launch import quieten_libraries
@@ -126,6 +127,9 @@ def parser() -> argparse.ArgumentParser:
     several = commands.add_parser("predict", help="PREDICTED speed-up on 2, 4, 8 GPUs, from the file of infer --out")
     several.set_defaults(run=predict.command)
     predict.add_options(several)
+    computed = commands.add_parser("scaling", help="COMPUTED memory and communication of DDP, ZeRO and FSDP2 on N GPUs")
+    computed.set_defaults(run=many_gpus.command)
+    many_gpus.add_options(computed)
     assisted = commands.add_parser("draft", help="lossless use: a run's fused model as the draft of its original")
     assisted.set_defaults(run=draft.command)
     draft.add_options(assisted)

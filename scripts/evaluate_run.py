@@ -34,7 +34,7 @@ from lp_train.config import load_config
 from lp_train.errors import UserError, exit_code
 from lp_train.evaluation.page import plain
 from lp_train.evaluation.run import evaluate, write
-from lp_train.evaluation.runs import refresh
+from lp_train.evaluation.runs import EVALUATIONS, add_row, refresh
 from lp_train.evaluation.tables import fidelity_table, task_table
 
 
@@ -69,6 +69,8 @@ def run(options: argparse.Namespace) -> None:
         for document, folder in zip(documents, targets, strict=True):
             write(folder, document)
             refresh(folder)
+            if folder.absolute().parent.name == EVALUATIONS:
+                add_row(folder.absolute().parents[1])
             track.add(config.track, folder, config.name, document)
         tables = [fidelity_table(documents)] + [task_table(documents)] * bool(documents[0]["tasks"])
         print("\n" + "\n\n".join(map(plain, tables)) + "\n")

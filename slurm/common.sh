@@ -26,7 +26,7 @@ check() {
     if [ -f "$venv/bin/activate" ]; then . "$venv/bin/activate"; fi
     [ -n "${LP_CONTAINER:-}" ] || command -v accelerate >/dev/null || die "$venv: no accelerate there; set LP_VENV"
     [ -n "${SLURM_JOB_ID:-}" ] || die "arguments are good, but this is no Slurm job; submit it with sbatch"
-    export HF_HUB_DISABLE_TELEMETRY=1
+    export HF_HUB_DISABLE_TELEMETRY=1 LP_SBATCH=$0 # Slurm's copy of the job script, which the run keeps
 }
 
 # launch ARGUMENT... : finetune.py on every node of the job, as one world whose size the program asserts.

@@ -143,6 +143,21 @@ def without_package(package: str, make: Callable[[Place], list[str]] | str) -> C
     return hidden
 
 
+def without_programs(arguments: str) -> Callable[[Place], list[str]]:
+    def hidden(place: Place) -> list[str]:
+        place.patch.setenv("PATH", str(place.own))
+        return [arguments]
+
+    return hidden
+
+
+def full_disk(place: Place) -> list[str]:
+    run = tiny_run.copy_run(place.shared / "run", place.own / "full")
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to("/dev/full")
+    return [f"train.output_dir={run}", "--resume", "train.max_steps=6"]
+
+
 def broken_weights(place: Place) -> Path:
     folder = tiny_run.copy_run(place.shared / "model", place.own / "broken")
     (folder / "model.safetensors").write_bytes(b"half a download")
@@ -433,6 +448,12 @@ MISTAKES: dict[str, Mistake] = {
         resumed("model.name_or_path={shared}/other"),
         r"checkpoint-4: made for base '.*/model' \(fingerprint \w+\), not for this base \(\w+\)",
         loads=True,
+    ),
+    "disk full while logging": Mistake(
+        full_disk, r"No space left on device.*; make room, and go on with --resume", loads=True
+    ),
+    "jobs without Slurm": Mistake(
+        without_programs("evaluate.submit=slurm"), r"evaluate\.submit 'slurm': no sbatch on this machine; start the run"
     ),
     "tracking without wandb": Mistake(
         without_package("wandb", "track.wandb=online"), r"track\.wandb 'online': needs the package wandb; run `pip"

@@ -61,6 +61,7 @@ def losses(folder: Path) -> list[float]:
 def test_the_run_folder_holds_what_it_promises(plain: Path) -> None:
     names = {"adapter", "checkpoint-2", "checkpoint-4", "metrics.jsonl", "plots"}
     assert {path.name for path in plain.iterdir()} == names | {
+        "starts",
         "report.json",
         "report.md",
         "report.html",

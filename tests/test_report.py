@@ -1,7 +1,6 @@
 """The report's pages: self-contained, complete where everything was measured, silent where it was not."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -124,19 +123,23 @@ def test_a_tracked_run_gets_later_tables(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: dict[str, Any] = {}
-    fake = SimpleNamespace(run=SimpleNamespace(summary={}), init=lambda: None, finish=lambda: None)
+    begun: dict[str, Any] = {}
+    fake = SimpleNamespace(run=SimpleNamespace(summary={}), finish=lambda: None, Settings=dict, Error=OSError)
+    fake.init, fake.define_metric = (lambda **options: begun.update(options)), (lambda *names, **options: None)
     fake.Table, fake.Image, fake.log = (lambda columns, data: (columns, data)), str, logged.update
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: name)
-    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_RESUME"):
-        monkeypatch.setenv(name, "")
     document = json.loads((runs["deep"] / "evaluation.json").read_text())
     track.add(TrackConfig(wandb="offline"), runs["deep"], "deep", document)
     assert not logged  # this run was not tracked
     folder = shutil.copytree(runs["deep"], tmp_path / "tracked")
     (folder / "wandb_id").write_text("abc")
     track.add(TrackConfig(wandb="offline"), folder, "deep", document)
-    assert os.environ["WANDB_RUN_ID"] == "abc" and logged.keys() >= {"tables/tasks", "tables/answers", "plots/tasks"}
+    assert (begun["id"], begun["resume"]) == ("abc", "allow") and logged.keys() >= {
+        "tables/tasks",
+        "tables/answers",
+        "plots/tasks",
+    }
     assert fake.run.summary["recovered/kl"] == document["fidelity"]["recovered"]["kl"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,24 @@ def test_a_stopped_job_is_queued_again_and_goes_on(slurm: Slurm, program: Progra
     assert (folder / "report.json").exists(), slurm.output()
     assert losses(folder) == losses(expected)
     assert_same_weights(weights(folder), weights(expected), 0)
+
+
+@pytest.mark.slow
+def test_the_demo_and_the_job_that_evaluates_its_checkpoint(slurm: Slurm) -> None:
+    folder, small = slurm.folder / "demo", ("max_steps=2", "max_steps_float32=2", "eval_steps=2", "save_steps=2")
+    evaluate = ("tokens=512", "prompt=null", "generation_prompts=0", "submit=slurm")
+    options = [*(f"train.{option}" for option in small), *(f"evaluate.{option}" for option in evaluate)]
+    job = slurm.submit("slurm/finetune.sbatch", "configs/demo.yaml", f"train.output_dir={folder}", *options)
+    slurm.wait(lambda: not slurm.call("squeue", "-h"), seconds=600)
+    assert (folder / "report.json").exists(), slurm.output()
+    assert (folder / "starts" / "1" / "job.sbatch").read_bytes() == (ROOT / "slurm" / "finetune.sbatch").read_bytes()
+    assert json.loads((folder / "starts" / "1" / "environment.json").read_text())["job"] == job
+    outputs = "".join(path.read_text() for path in folder.glob("evaluations/*/slurm-*.out"))
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \|", (folder / "evaluations.md").read_text(), re.MULTILINE)
+    assert [step for step, _ in rows] == ["2"], outputs
+    recovered = json.loads((folder / "report.json").read_text())["recovered"]["nll"]
+    assert float(rows[0][1]) == pytest.approx(recovered, abs=1e-4)
+    assert "## Checkpoints" in (folder / "report.md").read_text()
 
 
 @pytest.mark.slow

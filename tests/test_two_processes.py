@@ -42,6 +42,7 @@ def assert_same_figures(ours: dict[str, float], theirs: dict[str, float]) -> Non
 def launch(config: Path, folder: Path, processes: int, *options: str) -> dict[str, Any]:
     """Runs the program, asserts that it succeeded, and returns its report."""
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env["WANDB_MODE"] = "offline"  # conftest.py disables it
     several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *(several if processes > 1 else [])]
     command += [str(ROOT / "lp_train" / "finetune.py"), str(config), f"train.output_dir={folder}", *OPTIONS, *options]
@@ -59,7 +60,8 @@ def train_lines(folder: Path) -> list[dict[str, Any]]:
 def test_two_processes_train_like_one(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model, text = save_model(tmp_path / "model", tiny_tokenizer), write_text(tmp_path / "text.jsonl", 160)
     config, (one, two) = write_config(tmp_path / "tiny.yaml", model, text), (tmp_path / "one", tmp_path / "two")
-    alone, together = launch(config, one, 1), launch(config, two, 2)
+    alone, together = launch(config, one, 1), launch(config, two, 2, "track.wandb=offline")
+    assert len(list((two / "wandb").glob("offline-run-*"))) == 1  # of rank 0 alone
 
     environment = together["environment"]
     assert (environment["num_processes"], environment["backend"]) == (2, "gloo")

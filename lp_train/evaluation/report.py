@@ -23,6 +23,7 @@ from lp_train.evaluation.page import Table, literal
 from lp_train.evaluation.tables import (  # noqa: F401  (the recipe says `table` and `answers`)
     MODELS,
     answers,
+    checkpoint_table,
     domain_table,
     fidelity_table,
     generation_table,
@@ -136,6 +137,8 @@ def write_document(folder: Path, document: Mapping[str, Any], history: History =
     if history:
         curve = figure("recovery", "recovery", lambda: plots.recovery(document, history, tokens_per_step))
         sections["Recovery over training"] = [curve]
+    if (by_step := checkpoints(folder)) is not None:
+        sections["Checkpoints"] = [by_step]
     sections |= _task_sections(document, figure) | _fidelity_sections(document, figure)
     if sample := document.get("sample"):
         rows = [(MODELS[key], literal(text)) for key, text in sample.items() if key in MODELS]
@@ -165,6 +168,12 @@ def write(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.rename(path)
+
+
+def checkpoints(folder: Path) -> Table | None:
+    """What jobs of their own have measured of a run's checkpoints so far, a row each."""
+    files = sorted(folder.glob("evaluations/step-*/evaluation.json"), key=lambda p: int(p.parent.name[5:]))
+    return checkpoint_table({p.parent.name[5:]: json.loads(p.read_text()) for p in files}) if files else None
 
 
 def _task_sections(document: Mapping[str, Any], figure: Callable[..., str]) -> Sections:

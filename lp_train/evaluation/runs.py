@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,21 @@ from lp_train.errors import UserError
 from lp_train.evaluation import page, plots
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.card import model_card
+from lp_train.evaluation.page import literal
 from lp_train.evaluation.tables import fidelity, fidelity_table, task_note, task_table
+
+EVALUATIONS = "evaluations"  # in a run folder: step-N/ for each checkpoint that a job of its own measures
+
+
+def add_row(folder: Path) -> None:
+    """Brings what was measured of a run's checkpoints into its ``evaluations.md``, and into its report once there is
+    one. Jobs that end together wait for each other."""
+    with (folder / EVALUATIONS / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if (found := reports.checkpoints(folder)) is not None:
+            reports.write(folder / "evaluations.md", f"# {literal(folder.name)}: checkpoints\n\n{found}\n")
+        if (folder / "report.json").exists():
+            refresh(folder)
 
 
 def refresh(folder: Path) -> None:

@@ -93,6 +93,21 @@ def task_table(documents: Sequence[Mapping[str, Any]]) -> Table:
     return Table(head, rows)
 
 
+def checkpoint_table(by_step: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Evaluations of one run's checkpoints: held-out figures, and tasks and groups as they are, in per cent or nats."""
+    scores = {}
+    for step, document in by_step.items():
+        found = {**document["tasks"], **document["groups"]}
+        scores[step] = {short(name): task["comparisons"]["recovered"]["other"] for name, task in found.items()}
+    names = list(dict.fromkeys(name for of_step in scores.values() for name in of_step))
+    rows = []
+    for step, document in by_step.items():
+        figures = fidelity(document)["recovered"]
+        row = [step, f"{figures['nll']:.4f}", f"{figures['kl']:.4f}", f"{100 * figures['top1_agreement']:.1f} %"]
+        rows.append([*row, *(f"{scores[step][name]:.4f}" if name in scores[step] else "" for name in names)])
+    return Table(("step", "NLL", "KL", "top-1 agreement", *names), rows)
+
+
 def _task_head(name: str, found: Mapping[str, Any]) -> str:
     if "shares" in found:
         return f"{name}\nmean of {len(found['shares'])} tasks"

@@ -1,0 +1,75 @@
+"""What one GPU of many holds and sends, by the rules that each function states: whole weights on each, or shards."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lp_train.adapters import count_parameters
+from lp_train.bench.memory import GIB, memory_gib
+from lp_train.config import Config
+from lp_train.distill.compiled import Engine
+from lp_train.pairing import plan_of
+from lp_train.pairing.families import decoder_of
+
+ENGINES = ("ddp", "zero2", "fsdp2", "zero3")
+STATES = ("gradients, float32", "AdamW states, float32")
+WEIGHTS = ("frozen base weights", "trained weights, float32")
+GATHERED, BUCKETS = "weights gathered at a time", "buckets of the all-reduce"
+COPY = "float32 copy of the trained weights"
+SHARDED = {"ddp": (), "zero2": STATES, "fsdp2": WEIGHTS + STATES, "zero3": WEIGHTS + STATES}
+
+
+def units(model: nn.Module) -> tuple[float, list[float], list[float]]:
+    """Bytes of the weights of a paired model that are gathered together, each in the precision it has: what is not in a
+    layer; the layers below the first pair; and those from it on, a pair being one unit."""
+    layers, (plan, _) = decoder_of(model).layers, plan_of(model)
+    sizes = [float(sum(p.nbytes for p in layer.parameters())) for layer in layers]
+    suffix = [sum(sizes[i] for i in block) for block in plan.blocks]
+    return sum(p.nbytes for p in model.parameters()) - sum(sizes), sizes[: plan.first_layer], suffix
+
+
+def memory_per_gpu(
+    model: nn.Module, config: Config, kind: str, gpus: int, rows: int, engine: Engine
+) -> dict[str, float]:
+    """GiB by item on each of ``gpus`` GPUs under ``kind``, one of :data:`ENGINES`, with ``rows`` rows in one forward.
+
+    Those of :func:`memory_gib`, of which each GPU holds its share where they are sharded. To these come what is
+    gathered at a time (FSDP2, ZeRO-3), DDP's buckets, which are as large as the gradients, and DeepSpeed's float32 copy
+    of its share of the trained weights. Not in it: the CUDA context and what the allocator loses (2 to 6 GiB).
+    """
+    items = memory_gib(model, config, engine, rows)
+    trained = items["trained weights, float32"]
+    items |= {name: items[name] / gpus for name in SHARDED[kind]}
+    if kind in ("fsdp2", "zero3"):
+        outside, prefix, suffix = units(model)  # what is outside stays; a unit comes while the one before it computes
+        items[GATHERED] = (outside + 2 * max(prefix + suffix)) / GIB
+    if kind == "ddp" and gpus > 1:
+        items[BUCKETS] = trained
+    if kind.startswith("zero"):
+        items[COPY] = trained / gpus
+    return items
+
+
+def collectives(model: nn.Module, kind: str, accumulation: int = 1) -> dict[str, float]:
+    """Bytes of the whole tensors in the collectives of one optimizer step of ``accumulation`` micro-batches, by kind.
+
+    Gathered in each micro-batch: the prefix and what is outside of the layers once, since teacher and student share
+    it, and each later unit for the teacher, the student and the backward. FSDP2 prefetches one unit in vain, the last
+    one, which ran before the student's first. DDP and FSDP2 reduce gradients in the last micro-batch, ZeRO in each.
+    Counted on gloo for DDP and FSDP2 (``tests/test_scaling.py``), also with checkpointed blocks; ZeRO: by its design.
+    Left out: buffers, which are some bytes.
+    """
+    (outside, prefix, suffix), gradients = units(model), 4.0 * count_parameters(model)[0]
+    if kind == "ddp":
+        return {"all-reduce": gradients}
+    if kind == "zero2":
+        return {"reduce-scatter": accumulation * gradients, "all-gather": gradients}
+    gathered = outside + sum(prefix) + 3 * sum(suffix)
+    if kind == "fsdp2":
+        return {"all-gather": accumulation * (gathered + suffix[-1]), "reduce-scatter": gradients}
+    return {"all-gather": accumulation * gathered, "reduce-scatter": accumulation * gradients}
+
+
+def sent_per_gpu(found: dict[str, float], gpus: int) -> float:
+    """Bytes that each GPU sends for these collectives as rings: (N - 1) / N of the tensor, an all-reduce twice that."""
+    return sum(size * (2 if name == "all-reduce" else 1) for name, size in found.items()) * (gpus - 1) / gpus
