@@ -86,10 +86,11 @@ def test_a_pair_cut_into_two_units_fails(model: Path, tmp_path: Path) -> None:
 def test_the_program_under_an_engine_is_that_of_one_process(
     name: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Training, evaluation, generation, control and what is saved; then killed and resumed, where whole files allow it
-    by one process."""
-    options = ("train.max_steps=4", "train.per_device_train_batch_size=1", "loss.ce=0.25", "train.save_steps=2")
-    program = Program(tmp_path, tiny_tokenizer, *options, "train.load_best_model_at_end=true", "evaluate.prompt=A list")
+    """Training, evaluation, generation, the best checkpoint, the control, and what is saved."""
+    options: tuple[str, ...] = ("train.max_steps=2", "train.save_steps=2", "loss.ce=0.25")
+    options += ("train.per_device_train_batch_size=1",)
+    options += ("train.load_best_model_at_end=true", "evaluate.prompt=A list", "evaluate.max_new_tokens=4")
+    program = Program(tmp_path, tiny_tokenizer, *options, "evaluate.tokens=256")
     expected = program.run("one")
     arguments = (str(program.config), *program.options)
     codes, output = ends(start_engine("engine_program.py", name, *arguments, f"train.output_dir={tmp_path / 'two'}"))

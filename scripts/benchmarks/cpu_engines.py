@@ -6,7 +6,9 @@ trainer goes the way that it goes on GPUs. ``ACCELERATE_TORCH_DEVICE`` must be `
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -15,8 +17,7 @@ from accelerate.utils import DistributedType
 def pretend() -> None:
     """Call it before anything asks accelerate for its state."""
     if importlib.util.find_spec("deepspeed"):
-        import deepspeed.comm.torch
-
-        deepspeed.comm.torch.build_shm_op = lambda: None  # a minute of compiling, to be a little faster than gloo
+        of_torch: Any = importlib.import_module("deepspeed.comm.torch")
+        of_torch.build_shm_op = lambda: None  # a minute of compiling, to be a little faster than gloo
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     PartialState(cpu=False)
