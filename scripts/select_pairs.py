@@ -38,15 +38,15 @@ from lp_train.errors import UserError, exit_code
 from lp_train.evaluation.page import Table, plain
 from lp_train.finetune import check_base
 from lp_train.pairing import AutoPairs
-from lp_train.selection import plots
-from lp_train.selection import report as reports
 from lp_train.selection.calibration import Calibration, default_tokens
 from lp_train.selection.choose import calibrate
-from lp_train.selection.compare import CPU_SAMPLE, compare
 from lp_train.selection.greedy import greedy
-from lp_train.selection.interventions import interventions
-from lp_train.selection.scores import rank_correlations, scores
 from lp_train.selection.sweep import Sweep, sweep
+from pair_analysis import plots
+from pair_analysis import report as reports
+from pair_analysis.compare import CPU_SAMPLE, compare
+from pair_analysis.interventions import interventions
+from pair_analysis.scores import rank_correlations, scores
 
 Add = Callable[..., None]
 

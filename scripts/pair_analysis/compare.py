@@ -28,7 +28,11 @@ def compare(calibration: Calibration, sample: int | None = None) -> dict[str, An
     the mean over ``sample`` windows (None: all) times the number of windows.
     ``largest_difference``: between the sweep's and the evaluation's NLL and KL of the sampled windows.
     """
-    model, indices, grid = calibration.model, calibration.batches()[0], windows(calibration.num_layers)
+    model, indices, grid = (
+        calibration.model,
+        range(min(calibration.batch_size, len(calibration.rows))),
+        windows(calibration.num_layers),
+    )
     chosen = grid[:: max(1, len(grid) // sample)] if sample else grid
     batch = calibration.batch(indices)
 
