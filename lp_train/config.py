@@ -80,9 +80,6 @@ class Source:
     revision: str | None = None
     streaming: bool = False
     text_column: str | None = None
-    messages_column: str | None = None
-    prompt_column: str | None = None
-    completion_column: str | None = None
 
 
 @dataclass(frozen=True)

@@ -376,7 +376,8 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "empty file": Mistake(data_file("a.jsonl", ""), r"data\.train /.*a\.jsonl: the file is empty; remove it"),
     "broken line": Mistake(
-        data_file("a.jsonl", '{"text": "a"}\n{"text": \n'), r"a\.jsonl, line 2: not JSON.*every line is one JSON object"
+        data_file("a.jsonl", '{"text": "a"}\n{"text": \n'),
+        r"a\.jsonl: cannot be read \(JSON .* in row 1\); check or",
     ),
     "compressed file that is none": Mistake(
         data_file("a.jsonl.xz", "text"), r"a\.jsonl\.xz: cannot be read .*; check or rebuild the file"

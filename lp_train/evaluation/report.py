@@ -24,6 +24,7 @@ from lp_train.evaluation.tables import (  # noqa: F401  (the recipe says `table`
     MODELS,
     answers,
     domain_table,
+    draw,
     fidelity_table,
     generation_table,
     sentence,
@@ -129,7 +130,7 @@ def write_report(
 def write_document(folder: Path, document: Mapping[str, Any], history: History = (), tokens_per_step: int = 0) -> None:
     """The page of a report, an evaluation or both together; what is not measured has no section."""
     figure, trained = functools.partial(plots.plot, folder), "train" in document
-    picture = figure("model", "which layers run side by side", lambda: plots.model_picture(document["plan"]))
+    picture = f"```text\n{draw(document['plan'])}\n```"
     sections: Sections = {"": [fidelity_table([document]), _fidelity_note(document), picture]}
     if trained or document.get("heal"):
         sections[""].insert(0, sentence(document))
