@@ -41,12 +41,12 @@ from lp_train.pairing import AutoPairs
 from lp_train.selection.calibration import Calibration, default_tokens
 from lp_train.selection.choose import calibrate
 from lp_train.selection.greedy import greedy
-from lp_train.selection.sweep import Sweep, sweep
 from pair_analysis import plots
 from pair_analysis import report as reports
 from pair_analysis.compare import CPU_SAMPLE, compare
 from pair_analysis.interventions import interventions
 from pair_analysis.scores import rank_correlations, scores
+from pair_analysis.sweep import Sweep, sweep
 
 Add = Callable[..., None]
 

@@ -195,9 +195,9 @@ MISTAKES: dict[str, Mistake] = {
     "not one of the choices": Mistake("model.dtype=bf16", r"model\.dtype 'bf16': expected one of auto, bfloat16"),
     "override without a value": Mistake("train.max_steps", r"'train\.max_steps': not understood; write key\.path="),
     "override is not YAML": Mistake("plan.pairs=[[1,2]", r"plan\.pairs=\[\[1,2\]'?: the value is not YAML.*; quote"),
-    "override of a missing list item": Mistake(
+    "override inside a list": Mistake(
         "data.train=[{shared}/text.jsonl] data.train.3.weight=2",
-        r"data\.train\.3\.weight=2'?: data\.train is a list of 1; use an index from 0 to 0",
+        r"data\.train\.3\.weight=2'?: data\.train is \[.*\], which has no keys; set data\.train itself",
     ),
     "several mistakes at once": Mistake(
         "train.learning_rat=1 loss.beta=2 lora.r=0 model.dtype=half",

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from lp_train.errors import UserError
 from lp_train.pairing import pair_layers, unpair_layers
 from lp_train.pairing.families import decoder_of
-from lp_train.selection.sweep import Cost, Sweep
 from pair_analysis.compare import compare
 from pair_analysis.interventions import KINDS, interventions, lengths
 from pair_analysis.scores import rank_correlations, scores
+from pair_analysis.sweep import Cost, Sweep
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ from lp_train.errors import UserError
 from lp_train.evaluation.fidelity import as_it_is, measure
 from lp_train.pairing import AutoPairs, pair_layers, unpair_layers
 from lp_train.pairing.families import decoder_of
-from lp_train.selection import sweep as module
 from lp_train.selection.calibration import Calibration
 from lp_train.selection.greedy import greedy
 from lp_train.selection.stack import Stack
-from lp_train.selection.sweep import all_windows, sweep, windows
+from pair_analysis import sweep as module
+from pair_analysis.sweep import all_windows, sweep, windows
 
 FAMILIES = ("llama", "gemma2", "smollm3-layer-types", "olmo2")
 COLLATE = RowCollator(16, pad_token_id=0)

@@ -14,7 +14,7 @@ from lp_train.pairing import pair_layers, unpair_layers
 from lp_train.pairing.families import decoder_of
 from lp_train.selection.calibration import Calibration
 from lp_train.selection.stack import Stack
-from lp_train.selection.sweep import all_windows, windows
+from pair_analysis.sweep import all_windows, windows
 
 CPU_SAMPLE = 9  # windows from scratch, evenly spaced over the grid; on a GPU all of them
 Result = TypeVar("Result")

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lp_train.evaluation.plots import PAIRED, RECOVERED, STYLES
 from lp_train.selection.greedy import Step
-from lp_train.selection.sweep import Sweep
+from pair_analysis.sweep import Sweep
 
 WIDTH = 7.2  # inches
 FLOOR, CEILING = 0.01, 3.0  # nats per token: below is noise of few tokens, above the model is ruined either way

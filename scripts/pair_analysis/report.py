@@ -12,7 +12,7 @@ from lp_train.evaluation.page import Table
 from lp_train.evaluation.plots import plot
 from lp_train.selection import store
 from lp_train.selection.greedy import Step
-from lp_train.selection.sweep import Sweep
+from pair_analysis.sweep import Sweep
 
 FIGURES, PAGE = "selection.json", "selection.md"
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lp_train.selection.calibration import Calibration
 from lp_train.selection.stack import Stack
-from lp_train.selection.sweep import Sweep
+from pair_analysis.sweep import Sweep
 
 NAMES = ("reaction", "error", "cosine", "first", "second")
 
