@@ -182,7 +182,7 @@ def test_what_was_excluded_is_counted(tmp_path: Path, build: Build) -> None:
     train = text_file(tmp_path / "t.jsonl", 30)
     held = write(tmp_path / "e.jsonl", [{"text": text} for text in texts(5)])
     stats = build(DataConfig([Source(train)], [Source(held)])).stats
-    assert (stats.documents, stats.eval_documents, stats.excluded_documents) == (25, 5, 5)
+    assert (stats.documents, stats.excluded_documents) == (25, 5)
 
 
 def test_pydocs_holds_documents_out_like_any_other_source(monkeypatch: pytest.MonkeyPatch) -> None:
