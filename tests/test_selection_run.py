@@ -103,7 +103,7 @@ def test_a_dry_run_says_that_pairs_will_be_chosen(
     assert says in printed if says else not printed
 
 
-def test_all_of_it_in_one_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_of_it_in_one_command(place: Path, tmp_path: Path, drawn: None, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     select(
         place, out, "--sweep", "--greedy", "loss<=100", "--scores", "--interventions", "--compare", "--tokens", "300"
