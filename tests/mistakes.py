@@ -383,10 +383,11 @@ MISTAKES: dict[str, Mistake] = {
         data_file("a.jsonl.xz", "text"), r"a\.jsonl\.xz: cannot be read .*; check or rebuild the file"
     ),
     "no column to read": Mistake(
-        data_file("a.jsonl", '{"body": "a"}\n'), r"a\.jsonl: no column .*; it has body; name one with text_column"
+        data_file("a.jsonl", '{"body": "a"}\n'), r"a\.jsonl: no column .*; it has body; name the one .* in text_column"
     ),
     "column missing": Mistake(
-        "data.train=[{path: {shared}/text.jsonl, text_column: body}]", r"no column 'body' for the text; it has text"
+        "data.train=[{path: {shared}/text.jsonl, text_column: body}]",
+        r"no column 'body'; it has text; name the one with the text",
     ),
     "hub dataset without network": Mistake(
         "data.train=nobody/nothing", r"nobody/nothing: the hub dataset did not load .*HF_HUB_OFFLINE"

@@ -117,6 +117,13 @@ def test_columns_are_found_or_named(tmp_path: Path, row: dict[str, Any], options
     assert list(source.shuffled(0)) == [expected]
 
 
+def test_files_of_different_forms_under_one_pattern(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"text": "a"}, {"messages": CHAT}])
+    write(tmp_path / "b.jsonl", [{"messages": CHAT[:1]}])
+    found = list(open_source(Source(str(tmp_path / "*.jsonl")), "train").shuffled(0))
+    assert sorted(len(document.messages) for document in found) == [0, 1, 2]
+
+
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=20), min_size=1, max_size=5))
 def test_the_key_ignores_whitespace_and_form(parts: list[str]) -> None:
     key = Document(" ".join(parts)).key

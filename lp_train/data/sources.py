@@ -9,7 +9,7 @@ import lzma
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +76,6 @@ class OpenSource:
     label: str
     identity: frozenset[str]
     tables: list[tuple[str, datasets.Dataset]]
-    columns: dict[str, str]
     keep: Callable[[bytes], bool] = lambda key: True
 
     @property
@@ -108,7 +107,7 @@ class OpenSource:
         return self._kept(rows[int(number - ends[place])], domain)  # from the table's end
 
     def _kept(self, row: Row, domain: str) -> Iterator[Document]:
-        document = _document(row, self.columns, self.label)
+        document = _document(row, _forms(self.source), self.label)
         if not document.is_empty and self.keep(document.key):
             yield dataclasses.replace(document, path=self.source.path, domain=domain)
 
@@ -124,7 +123,18 @@ def open_source(source: Source, role: Role) -> OpenSource:
         identity, tables = _tables(source)
     except UserError as error:
         raise UserError(f"data.{role} {error}") from None
-    return OpenSource(source, label, identity, tables, _find_columns(source, list(next(iter(tables[0][1]))), label))
+    for _, rows in tables:
+        names = list(next(iter(rows)))
+        if not any(set(form.values()) <= set(names) for form in _forms(source)):
+            wanted = repr(source.text_column) if source.text_column else "messages, prompt and completion, or text"
+            has = f"it has {', '.join(names)}"
+            raise UserError(f"{label}: no column {wanted}; {has}; name the one with the text in text_column")
+    return OpenSource(source, label, identity, tables)
+
+
+def _forms(source: Source) -> Sequence[dict[str, str]]:
+    """Which column plays which part; a row is of the first form that it has values for."""
+    return [{"text": source.text_column}] if source.text_column else _FORMS
 
 
 def _tables(source: Source) -> tuple[frozenset[str], list[tuple[str, datasets.Dataset]]]:
@@ -209,38 +219,24 @@ def _load_from_hub(source: Source) -> datasets.Dataset | datasets.IterableDatase
     return rows
 
 
-def _find_columns(source: Source, names: list[str], label: str) -> dict[str, str]:
-    """Which column plays which part: ``{"text"|"messages"|"prompt"|"completion": column}``."""
-    has = f"it has {', '.join(names)}"
-    if source.text_column:
-        if source.text_column not in names:
-            raise UserError(f"{label}: no column {source.text_column!r} for the text; {has}")
-        return {"text": source.text_column}
-    found = next((form for form in _FORMS if set(form) <= set(names)), None)
-    if found is None:
-        raise UserError(
-            f"{label}: no column messages, prompt and completion, or text; {has}; name one with text_column"
-        )
-    return found
-
-
-def _document(row: Row, columns: dict[str, str], label: str) -> Document:
-    parts = {part: row.get(column) for part, column in columns.items()}
+def _document(row: Row, forms: Sequence[dict[str, str]], label: str) -> Document:
+    """Empty where the row has a value for none of the forms."""
+    form = next((form for form in forms if all(row.get(column) is not None for column in form.values())), {})
+    parts = {part: row[column] for part, column in form.items()}
     if "messages" in parts:
         return Document(messages=_messages(parts["messages"], label))
     if isinstance(parts.get("prompt"), list):
         prompt, completion = _messages(parts["prompt"], label), _messages(parts["completion"], label)
         return Document(messages=prompt + completion, context=len(prompt))
     for part, value in parts.items():
-        if not isinstance(value, str | None):
-            held = f"column {columns[part]!r} holds a {type(value).__name__}"
+        if not isinstance(value, str):
+            held = f"column {form[part]!r} holds a {type(value).__name__}"
             raise UserError(f"{label}: {held}, not text; chats stand in a column messages")
     return Document(text=parts.get("text") or parts.get("completion") or "", prompt=parts.get("prompt"))
 
 
 def _messages(value: Any, label: str) -> list[dict[str, Any]]:
     """Messages with ``role`` and ``content``."""
-    value = [] if value is None else value
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UserError(f"{label}: messages must be a list of {{role, content}}; a row holds {str(value)[:60]!r}")
     for message in value:
