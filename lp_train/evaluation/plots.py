@@ -81,7 +81,7 @@ def drift(pairs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def positions(buckets: Sequence[Mapping[str, Any]], unit: str) -> Figure:
+def positions(buckets: Sequence[Mapping[str, Any]]) -> Figure:
     """KL and top-1 agreement by position in the document."""
     figure, axes = _panels(2, 5.4, sharex=True)
     labels = [f"{b['from']}–{b['to']}" if b["to"] else f"{b['from']}–" for b in buckets]
@@ -91,7 +91,7 @@ def positions(buckets: Sequence[Mapping[str, Any]], unit: str) -> Figure:
     _legend(axes[0])
     axes[0].set_title("Divergence from the original by position in the document")
     axes[1].tick_params(axis="x", rotation=30)
-    axes[1].set_xlabel(unit)
+    axes[1].set_xlabel("tokens of context")
     return figure
 
 

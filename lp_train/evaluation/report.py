@@ -189,7 +189,7 @@ def _fidelity_sections(document: Mapping[str, Any], figure: Callable[..., str]) 
     if len(domains) > 1:
         sections["By domain"] = [domain_table(domains)]
     if by := document.get("fidelity_by_position"):
-        curve = figure("position", "fidelity by position", lambda: plots.positions(by["buckets"], by["unit"]))
+        curve = figure("position", "fidelity by position", lambda: plots.positions(by["buckets"]))
         sections["By position in the document"] = [curve]
     if document.get("drift"):
         note = "How far the residual stream after each pair is from the original's on the same tokens, relative to its "
