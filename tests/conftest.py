@@ -1,10 +1,14 @@
 """Settings and tiny models shared by all tests: no network, one thread, nothing downloaded."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before the first import of torch or of a Hugging Face library: both read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lp-train-tests-")
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 TOKENIZER_TEXT = (
     "Two decoder layers run side by side, so that the longest path through the model is shorter.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import logging
 import lzma
 import os
 import random
@@ -27,6 +28,7 @@ PYDOCS = "builtin:pydocs"
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}  # of the library datasets
 COMPRESSED = (".xz", ".gz")
 _UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, StopIteration, lzma.LZMAError, zlib.error)
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what is wrong with a file is said below
 _FORMS = ({"messages": "messages"}, {"prompt": "prompt", "completion": "completion"}, {"text": "text"})
 
 
@@ -189,7 +191,6 @@ def load_files(files: list[Path], streaming: bool = False) -> datasets.Dataset:
     """Their rows; a ``.txt`` file is one row ``{"text": ...}``."""
     reader = READERS[_suffix(files[0])]
     options = {"sample_by": "document"} if reader == "text" else {}
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what is wrong is said in one line, below
     try:
         names = [str(file) for file in files]
         rows = datasets.load_dataset(reader, data_files=names, split="train", streaming=streaming, **options)
