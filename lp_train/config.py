@@ -80,9 +80,6 @@ class Source:
     revision: str | None = None
     streaming: bool = False
     text_column: str | None = None
-    messages_column: str | None = None
-    prompt_column: str | None = None
-    completion_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ _LORA_TYPES = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the YAML file at ``path``, then ``key.path=value`` (value: YAML; list items by index).
+    """Defaults, then the YAML file at ``path``, then ``key.path=value`` (value: YAML).
 
     Raises:
         UserError: the file cannot be read, or the configuration is wrong: one line for each mistake in it.
@@ -297,27 +294,14 @@ def _override(raw: dict[str, Any], argument: str) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"argument {argument!r}: the value is not YAML ({_one_line(error)}); quote it") from None
-    node: Any = {"": raw}
-    place: Any = ""
-    path = ""  # of the node
-    for part in key.split("."):
-        child = node[place]
-        if isinstance(child, str) and isinstance(node, list):  # a source given by its path alone
-            child = {"path": child}
-        child = {} if child is None else child
-        if not isinstance(child, dict | list):
-            raise UserError(f"argument {argument!r}: {path} is {child!r}, which has no keys; set {path} itself")
-        node[place] = child
-        node, place = child, part
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                rule = f"{path} is a list of {len(node)}; use an index from 0 to {len(node) - 1}"
-                raise UserError(f"argument {argument!r}: {rule}")
-            place = int(part)
-        else:
-            node.setdefault(place)
-        path = f"{path}.{part}".lstrip(".")
-    node[place] = value
+    *parents, last = key.split(".")
+    for i, part in enumerate(parents):
+        raw[part] = {} if raw.get(part) is None else raw[part]
+        if not isinstance(raw[part], dict):
+            path = ".".join(parents[: i + 1])
+            raise UserError(f"argument {argument!r}: {path} is {raw[part]!r}, which has no keys; set {path} itself")
+        raw = raw[part]
+    raw[last] = value
 
 
 def config_to_yaml(config: Config) -> str:

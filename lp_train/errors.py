@@ -1,7 +1,8 @@
-"""The one exception type for mistakes of the user, and how commands tell them."""
+"""The one exception type for mistakes of the user, how commands tell them, and the arguments that all of them take."""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import sys
 from collections.abc import Callable
@@ -18,6 +19,19 @@ class UserError(ValueError):
     """
 
     line_is_open = False  # whether a progress bar has left its line open when it is told
+
+
+def command_line(program: str, description: str | None, config: str | None = None) -> argparse.ArgumentParser:
+    """A command's parser, whose help is the program's docstring, with ``--debug``; where it reads a configuration also
+    with ``config`` and ``overrides``, such as the one given here."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if config:
+        parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
+        parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=f"e.g. {config}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    return parser
 
 
 def exit_code(command: Callable[[], Any], debug: bool = False) -> int:

@@ -31,7 +31,7 @@ from accelerate import PartialState
 from lp_train import models, track
 from lp_train.cluster.launch import check_engine, quieten_libraries, use_all_cores
 from lp_train.config import load_config
-from lp_train.errors import UserError, exit_code
+from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation.page import plain
 from lp_train.evaluation.run import evaluate, write
 from lp_train.evaluation.runs import EVALUATIONS, add_row, refresh
@@ -40,14 +40,11 @@ from lp_train.evaluation.tables import fidelity_table, task_table
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, measures, and returns the exit code: 2 for a mistake of the user, told in one line."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate_run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("evaluate_run.py", __doc__)
     parser.add_argument("config", help="a YAML file: a run's resolved_config.yaml, or one of configs/")
     parser.add_argument("rest", nargs="*", metavar="run folder | key.path=value")
     parser.add_argument("--output", type=Path, help="where results without a run of their own go")
     parser.add_argument("--pool", action="store_true", help="the runs are seeds of one recipe: also give their mean")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
     return exit_code(lambda: run(options), options.debug)

@@ -24,21 +24,18 @@ from accelerate import PartialState
 
 from lp_train import models
 from lp_train.cluster.launch import quieten_libraries
-from lp_train.errors import exit_code
+from lp_train.errors import command_line, exit_code
 from lp_train.export import FORMS, export, push
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, writes, and returns the exit code: 2 for a mistake of the user, told in one line."""
-    parser = argparse.ArgumentParser(
-        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("export.py", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet")
     parser.add_argument("--form", choices=FORMS, default="fused")
     parser.add_argument("--merge", action="store_true", help="sequential: with what was trained for the pairs in it")
     parser.add_argument("--push", metavar="USER/NAME", help="also upload it to this repository of the hub")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_args(arguments)
     quieten_libraries()
     PartialState(cpu=models.device().type == "cpu")

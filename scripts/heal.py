@@ -33,7 +33,7 @@ from lp_train.config import Config, load_config
 from lp_train.data import RowCollator, build_data
 from lp_train.distill.healed import fit
 from lp_train.distill.trainer import peak_memory_gib
-from lp_train.errors import UserError, exit_code
+from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import as_it_is
@@ -46,16 +46,11 @@ from lp_train.run_folder import check_run_folder, open_run_folder
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, heals, and returns the exit code: 2 for a mistake of the user, told in one line."""
-    parser = argparse.ArgumentParser(
-        prog="heal.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. lora.target_modules=[down_proj]")
+    parser = command_line("heal.py", __doc__, "lora.target_modules=[down_proj]")
     parser.add_argument("--tokens", type=int, default=65536, help="of data.train that are fitted; fewer are faster")
     parser.add_argument("--rank", help="of the adapters, or full; lora.r when left out")
     parser.add_argument("--out", help="the folder to write; runs/NAME-healed when left out")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in that folder")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
     return exit_code(lambda: run(read_config(options), options.tokens, options.overwrite), options.debug)

@@ -17,19 +17,17 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from lp_train.errors import UserError, exit_code
+from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation.runs import compare_runs, refresh
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, writes, and returns the exit code: 2 for a mistake of the user, told in one line."""
-    parser = argparse.ArgumentParser(
-        prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line("report.py", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="where the comparison of several runs goes")
     options = parser.parse_args(arguments)
-    return exit_code(lambda: run(options))
+    return exit_code(lambda: run(options), options.debug)
 
 
 def run(options: argparse.Namespace) -> None:

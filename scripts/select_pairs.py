@@ -34,30 +34,26 @@ from lp_train import models
 from lp_train.cluster.launch import check_engine, keep_freed_memory, leave, quieten_libraries, use_all_cores
 from lp_train.config import CALIBRATION_FRACTION, Config, load_config
 from lp_train.data import build_data
-from lp_train.errors import UserError, exit_code
+from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation.page import Table, plain
 from lp_train.finetune import check_base
 from lp_train.pairing import AutoPairs
-from lp_train.selection import plots
-from lp_train.selection import report as reports
 from lp_train.selection.calibration import Calibration, default_tokens
 from lp_train.selection.choose import calibrate
-from lp_train.selection.compare import CPU_SAMPLE, compare
 from lp_train.selection.greedy import greedy
-from lp_train.selection.interventions import interventions
-from lp_train.selection.scores import rank_correlations, scores
-from lp_train.selection.sweep import Sweep, sweep
+from pair_analysis import plots
+from pair_analysis import report as reports
+from pair_analysis.compare import CPU_SAMPLE, compare
+from pair_analysis.interventions import interventions
+from pair_analysis.scores import rank_correlations, scores
+from pair_analysis.sweep import Sweep, sweep
 
 Add = Callable[..., None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, measures, and returns the exit code: 2 for a mistake of the user, told in one line."""
-    parser = argparse.ArgumentParser(
-        prog="select_pairs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. plan.algebra=par")
+    parser = command_line("select_pairs.py", __doc__, "plan.algebra=par")
     parser.add_argument("--sweep", action="store_true", help="every window of contiguous pairs: heat map and best ones")
     parser.add_argument("--greedy", metavar="N", help="add the cheapest pair N times; also loss<=0.1 or depth<=0.7")
     parser.add_argument("--scores", action="store_true", help="cheap scores, and how well they predict the sweep")
@@ -67,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", action="store_true", help="time the sweep against windows from scratch")
     parser.add_argument("--tokens", type=int, help="calibration tokens")
     parser.add_argument("--output", type=Path, help="where tables and plots go")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
     return exit_code(lambda: run(options), options.debug)

@@ -210,9 +210,9 @@ MISTAKES: dict[str, Mistake] = {
     "not one of the choices": Mistake("model.dtype=bf16", r"model\.dtype 'bf16': expected one of auto, bfloat16"),
     "override without a value": Mistake("train.max_steps", r"'train\.max_steps': not understood; write key\.path="),
     "override is not YAML": Mistake("plan.pairs=[[1,2]", r"plan\.pairs=\[\[1,2\]'?: the value is not YAML.*; quote"),
-    "override of a missing list item": Mistake(
+    "override inside a list": Mistake(
         "data.train=[{shared}/text.jsonl] data.train.3.weight=2",
-        r"data\.train\.3\.weight=2'?: data\.train is a list of 1; use an index from 0 to 0",
+        r"data\.train\.3\.weight=2'?: data\.train is \[.*\], which has no keys; set data\.train itself",
     ),
     "several mistakes at once": Mistake(
         "train.learning_rat=1 loss.beta=2 lora.r=0 model.dtype=half",
@@ -395,16 +395,18 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "empty file": Mistake(data_file("a.jsonl", ""), r"data\.train /.*a\.jsonl: the file is empty; remove it"),
     "broken line": Mistake(
-        data_file("a.jsonl", '{"text": "a"}\n{"text": \n'), r"a\.jsonl, line 2: not JSON.*every line is one JSON object"
+        data_file("a.jsonl", '{"text": "a"}\n{"text": \n'),
+        r"a\.jsonl: cannot be read \(JSON .* in row 1\); check or",
     ),
     "compressed file that is none": Mistake(
         data_file("a.jsonl.xz", "text"), r"a\.jsonl\.xz: cannot be read .*; check or rebuild the file"
     ),
     "no column to read": Mistake(
-        data_file("a.jsonl", '{"body": "a"}\n'), r"a\.jsonl: no column .*; it has body; name one with text_column"
+        data_file("a.jsonl", '{"body": "a"}\n'), r"a\.jsonl: no column .*; it has body; name the one .* in text_column"
     ),
     "column missing": Mistake(
-        "data.train=[{path: {shared}/text.jsonl, text_column: body}]", r"no column 'body' for the text; it has text"
+        "data.train=[{path: {shared}/text.jsonl, text_column: body}]",
+        r"no column 'body'; it has text; name the one with the text",
     ),
     "hub dataset without network": Mistake(
         "data.train=nobody/nothing", r"nobody/nothing: the hub dataset did not load .*HF_HUB_OFFLINE"

@@ -269,7 +269,7 @@ def fake_run(seen: list[Case]) -> Callable[..., dict[str, Any]]:
     return run
 
 
-def test_sweep_writes_lines_and_a_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sweep_writes_lines_and_a_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, drawn: None) -> None:
     seen: list[Case] = []
     monkeypatch.setattr(training, "run", fake_run(seen))
     axes = sweep.Axes(seq=[32, 64], vocab=[128], depth=[0.25, 0.75], tokens=128)

@@ -64,11 +64,6 @@ def test_sources_in_every_form(path: Path, given: str) -> None:
     assert load_config(path, [f"data.train={given}"]).data.train == [Source(path="a.txt")]
 
 
-def test_list_items_by_index(path: Path) -> None:
-    overrides = ["data.train=[a.txt, {path: b.txt, weight: 1}]", "data.train.0.weight=2", "data.train.1.path=c.txt"]
-    assert load_config(path, overrides).data.train == [Source("a.txt", weight=2), Source("c.txt", weight=1)]
-
-
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1.5E+2", 150.0), ("5e-3", 5e-3), (".5", 0.5), ("1", 1)])
 def test_numbers_as_people_write_them(path: Path, text: str, value: float) -> None:
     assert load_config(path, [f"train.learning_rate={text}"]).train["learning_rate"] == value

@@ -24,8 +24,9 @@ from lp_train.bench.memory import activation_bytes
 from lp_train.bench.shapes import build_on_meta, layer_shapes, suffix_blocks
 from lp_train.config import load_config
 from lp_train.distill.replay import run_original, run_suffix
-from lp_train.dry_run import draw
 from lp_train.errors import UserError
+from lp_train.evaluation.report import plan_section
+from lp_train.evaluation.tables import draw
 from lp_train.pairing import PairPlan, adapters_off, keep_originals, pair_layers, sequential, unpair_layers
 from lp_train.pairing.fuse import fuse
 
@@ -202,8 +203,8 @@ def test_estimates_leave_out_what_is_gone(configure: Configure, tiny_llama: hf.L
 
 
 def test_drawn() -> None:
-    assert draw(DROP) == "─ 0── 1── × ─ 3── × ─ 5─"
-    assert draw(NONE).count("×") == 0
+    assert draw(plan_section(DROP, "lp")) == "─ 0── 1── × ─ 3── × ─ 5─"
+    assert draw(plan_section(NONE, "lp")).count("×") == 0
     assert str(DROP) == "control drop: without layers 2 4, depth 6 -> 4"
 
 

@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from lp_train import dry_run as module
 from lp_train.bench.shapes import build_on_meta
 from lp_train.config import Config, load_config
-from lp_train.dry_run import count_steps, draw, dry_run, mark, read_model_config
+from lp_train.dry_run import count_steps, dry_run, mark, read_model_config
 from lp_train.errors import UserError
+from lp_train.evaluation.report import plan_section
+from lp_train.evaluation.tables import draw
 from lp_train.pairing import PairPlan
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
@@ -113,7 +115,7 @@ def test_sdpa_for_gemma_2_is_a_mistake(offline: None) -> None:
 
 
 def test_the_drawing() -> None:
-    assert draw(PairPlan.parse([[1, 2], [4, 5]], 7)) == "\n".join(
+    assert draw(plan_section(PairPlan.parse([[1, 2], [4, 5]], 7), "lp")) == "\n".join(
         [
             "    ╭ 1╮    ╭ 4╮",
             "─ 0─┤  ├─ 3─┤  ├─ 6─",
@@ -123,7 +125,7 @@ def test_the_drawing() -> None:
 
 
 def test_a_long_drawing_is_wrapped_and_complete() -> None:
-    drawing = draw(PairPlan.parse("40:60", 80))
+    drawing = draw(plan_section(PairPlan.parse("40:60", 80), "lp"))
     assert max(map(len, drawing.split("\n"))) <= 72
     assert [int(n) for n in sorted(re.findall(r"\d+", drawing), key=int)] == list(range(80))
 

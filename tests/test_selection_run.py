@@ -63,11 +63,11 @@ def test_a_run_chooses_its_pairs_and_writes_them_down(
     assert config["plan"] == {"pairs": pairs, "algebra": "lp", "kind": "pair", "remove": None}
     assert json.loads((tmp_path / "run" / "report.json").read_text())["plan"]["pairs"] == pairs
     assert re.search(
-        r"auto:2: 2 pairs \(.*\), depth 6 -> 4, KL \d\.\d+ nats per token there; kept in .*greedy.json", printed
+        r"auto:2: 2 pairs \(.*\), depth 6 -> 4, KL \d\.\d+ nats per token there; kept in .*selection", printed
     )
     select(place, tmp_path / "out", "--greedy", "depth<=0.67", "train.seed=1")
     assert [step["first"] for step in sections(tmp_path / "out")["greedy"]["figures"]] == firsts  # for every seed
-    assert len(list(cache.glob("selection/*/greedy.json"))) == 1
+    assert len(list(cache.glob("selection/*/greedy.json"))) == 1  # no second measurement
     # the written configuration is the same run: it leaves the same text out and chooses nothing
     again = train(place, tmp_path / "again", config=tmp_path / "run" / "resolved_config.yaml")
     assert again["plan"] == config["plan"] and "choosing" not in capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_a_dry_run_says_that_pairs_will_be_chosen(
     assert says in printed if says else not printed
 
 
-def test_all_of_it_in_one_command(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_of_it_in_one_command(place: Path, tmp_path: Path, drawn: None, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     select(
         place, out, "--sweep", "--greedy", "loss<=100", "--scores", "--interventions", "--compare", "--tokens", "300"

@@ -19,11 +19,11 @@ from lp_train.errors import UserError
 from lp_train.evaluation.fidelity import as_it_is, measure
 from lp_train.pairing import AutoPairs, pair_layers, unpair_layers
 from lp_train.pairing.families import decoder_of
-from lp_train.selection import sweep as module
 from lp_train.selection.calibration import Calibration
 from lp_train.selection.greedy import greedy
 from lp_train.selection.stack import Stack
-from lp_train.selection.sweep import all_windows, sweep, windows
+from pair_analysis import sweep as module
+from pair_analysis.sweep import all_windows, sweep, windows
 
 FAMILIES = ("llama", "gemma2", "smollm3-layer-types", "olmo2")
 COLLATE = RowCollator(16, pad_token_id=0)
@@ -139,7 +139,6 @@ def test_a_stopped_sweep_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "all_windows", stopped)
         sweep(calibration)
-    assert len(list(calibration.folder.glob("sweep.parts/*.json"))) == 3
     calls = forwards(model)
     found = sweep(calibration)
     assert len(calls) == 3  # the other batches of one row
@@ -231,4 +230,4 @@ def test_an_embedding_that_gives_nan_is_named() -> None:
 def test_pairs_that_overflow_are_told() -> None:
     found = calibration_of(CASES["llama"].model())
     with pytest.raises(UserError, match="layers side by side give NaN or infinite values where the original does not"):
-        found._gathered([torch.tensor([[1.0, float("inf")]], dtype=torch.float64)])
+        found.total(lambda stack: iter([torch.tensor([[1.0, float("inf")]], dtype=torch.float64)]), 1, "overflow")

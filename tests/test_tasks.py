@@ -37,6 +37,12 @@ LIKELIHOODS = ["hellaswag_local", "piqa_local", "winogrande_local", "lambada_loc
 VARIANTS: dict[str, Variant] = {"sequential": sequential, "paired": adapters_off}
 
 
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model never ends: 24 tokens of an answer show as much as lm-eval's 256."""
+    monkeypatch.setattr(HFLM, "max_gen_toks", 24)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_eval_files(tmp_path_factory.mktemp("eval") / "files")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny_run
 from eval_files import write_eval_files
+from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -16,6 +17,12 @@ from lp_train import finetune
 TASKS = "evaluate.tasks=[piqa_local, gsm8k_local]"  # likelihoods and generation
 STEPS = ["train.max_steps=6", "train.save_steps=2"]
 WITHOUT = ["train.eval_strategy=no", *STEPS]
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model never ends: 24 tokens of an answer show as much as lm-eval's 256."""
+    monkeypatch.setattr(HFLM, "max_gen_toks", 24)
 
 
 @pytest.fixture(scope="module")

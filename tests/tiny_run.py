@@ -66,7 +66,7 @@ def write_config(path: Path, model: Path, text: Path) -> Path:
             "save_steps": 2,
             "output_dir": str(path.parent / "run"),
         },
-        "evaluate": {"tokens": 512, "batch_size": 4},
+        "evaluate": {"tokens": 512, "batch_size": 4, "generation_prompts": 4, "generation_tokens": 8},
         "track": {"wandb": "off"},
     }
     path.write_text(yaml.safe_dump(config))

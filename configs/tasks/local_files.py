@@ -20,7 +20,7 @@ from typing import Any
 from datasets import Dataset
 from lm_eval.api.samplers import ContextSampler
 
-from lp_train.data.files import Row, read_rows
+from lp_train.data.sources import Row, load_files
 from lp_train.errors import UserError
 
 COMPRESSED = ("", ".xz", ".gz")
@@ -83,12 +83,12 @@ def _check(row: Row, columns: dict[str, type], where: str) -> None:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    return read_rows([path])
+    yield from load_files([path])
 
 
 def _hellaswag(path: Path) -> Iterator[Row]:
     """An unfinished last sentence gets a capital, as lm-eval's own task joins the two parts of a context."""
-    for row in read_rows([path]):
+    for row in load_files([path]):
         if isinstance(query := row.get("query"), str):
             unfinished = r"([.!?:]\s+)([^.!?]*[^.!?\s])$"
             row["query"] = re.sub(unfinished, lambda match: match[1] + match[2].capitalize(), query)
@@ -97,7 +97,7 @@ def _hellaswag(path: Path) -> Iterator[Row]:
 
 def _pages(path: Path) -> Iterator[Row]:
     """The articles of a WikiText file: each starts with its title between single equals signs."""
-    (row,) = read_rows([path])
+    (row,) = load_files([path])
     starts = [match.start() for match in re.finditer(r"(?m)^ = [^=].*[^=] = $", row["text"])]
     for start, end in zip(starts, [*starts[1:], len(row["text"])], strict=False):
         yield {"page": row["text"][start:end]}

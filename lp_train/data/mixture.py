@@ -1,8 +1,10 @@
 """Which documents are drawn for training and evaluation, and in which order. Train, eval, calibration are disjoint."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
@@ -27,10 +29,10 @@ class Separation:
     ``eval`` must be drawn before ``train``: a streamed evaluation source says only then what it holds.
     """
 
-    train: list[OpenSource] = field(default_factory=list)
-    eval: list[OpenSource] = field(default_factory=list)
-    calibration: list[OpenSource] = field(default_factory=list)
-    excluded: set[bytes] = field(default_factory=set)  # keys of documents that training met and left out
+    train: list[OpenSource]
+    eval: list[OpenSource]
+    calibration: list[OpenSource]
+    excluded: set[bytes]  # keys of documents that training met and left out
 
 
 def separate(data: DataConfig) -> Separation:
@@ -42,20 +44,15 @@ def separate(data: DataConfig) -> Separation:
     opened = {role: [open_source(s, role) for s in getattr(data, role) or []] for role in _ROLES}
     _refuse_shared_rows(opened)
     calibration = {document.key for source in opened["calibration"] for document in source.shuffled(seed=0)}
-    evaluated: set[bytes] = set()
-    result = Separation()
+    evaluated, excluded = set[bytes](), set[bytes]()
 
-    def in_held_out_share(key: bytes) -> bool:
-        return data.eval is None and held_out(key, data.eval_fraction)
-
-    def in_calibration_share(key: bytes) -> bool:  # the other end of the hashes: neither share moves with the other
-        return data.calibration is None and not held_out(key, 1 - data.calibration_fraction)
-
-    def in_a_share(key: bytes) -> bool:
-        return in_held_out_share(key) or in_calibration_share(key)
-
-    def keep_for_calibration(key: bytes) -> bool:
-        return in_calibration_share(key) and key not in evaluated
+    def share(key: bytes) -> Role:
+        """Of the training sources' documents: a role without text of its own has a share, by hash."""
+        if data.eval is None and held_out(key, data.eval_fraction):
+            return "eval"
+        # the other end of the hashes: neither share moves with the other
+        chosen = data.calibration is None and not held_out(key, 1 - data.calibration_fraction)
+        return "calibration" if chosen else "train"
 
     def keep_for_eval(key: bytes) -> bool:
         if key not in calibration:
@@ -64,35 +61,29 @@ def separate(data: DataConfig) -> Separation:
 
     def keep_for_training(key: bytes) -> bool:
         if key in evaluated or key in calibration:
-            result.excluded.add(key)
-            return False
-        return True
+            excluded.add(key)
+        return key not in excluded
 
-    for source in opened["eval"]:
-        view = source.only(keep_for_eval)
+    evaluation = [source.only(keep_for_eval) for source in opened["eval"]]
+    for view in evaluation:
         if not view.streamed:  # all of it, however little is drawn: training data do not depend on eval's size
             for _ in view.shuffled(seed=0):
                 pass
-        result.eval.append(view)
-    for source in opened["train"]:
-        result.train.append(source.only(lambda key: not in_a_share(key) and keep_for_training(key)))
-        if data.eval is None:
-            result.eval.append(source.only(lambda key: in_held_out_share(key) and keep_for_eval(key)))
-    given = opened["calibration"]
-    result.calibration = given or [source.only(keep_for_calibration) for source in opened["train"]]
-    return result
+    train = [s.only(lambda key: share(key) == "train" and keep_for_training(key)) for s in opened["train"]]
+    if data.eval is None:
+        evaluation = [s.only(lambda key: share(key) == "eval" and keep_for_eval(key)) for s in opened["train"]]
+    chosen = [s.only(lambda key: share(key) == "calibration" and key not in evaluated) for s in opened["train"]]
+    return Separation(train, evaluation, opened["calibration"] or chosen, excluded)
 
 
 def _refuse_shared_rows(opened: dict[Role, list[OpenSource]]) -> None:
     for first, second in itertools.combinations(_ROLES, 2):
-        for one in opened[first]:
-            for other in opened[second]:
-                shared = sorted(one.identity & other.identity)
-                if shared:
-                    raise UserError(
-                        f"{one.label}: {shared[0]} is also in data.{second}; give each its own text, "
-                        "or leave data.eval out to hold documents out by themselves"
-                    )
+        for one, other in itertools.product(opened[first], opened[second]):
+            if shared := sorted(one.identity & other.identity):
+                raise UserError(
+                    f"{one.label}: {shared[0]} is also in data.{second}; give each its own text, "
+                    "or leave data.eval out to hold documents out by themselves"
+                )
     for source in opened["calibration"]:
         if source.streamed:
             raise UserError(f"{source.label}: calibration text is read whole, to keep it apart; set streaming: false")
@@ -144,14 +135,13 @@ def _pooled(sources: list[OpenSource], seed: int) -> Iterator[Document]:
     if streamed:
         yield from sources[0].shuffled(seed)
         return
-    starts = np.cumsum([0, *(len(source.rows) for source in sources)])
+    starts = np.cumsum([0, *map(len, sources)])
     for position in np.random.default_rng(seed).permutation(starts[-1]):
         number = int(np.searchsorted(starts, position, side="right")) - 1
         yield from sources[number].numbered(int(position - starts[number]))
 
 
 def _weighted(sources: list[OpenSource], encoder: Encoder, seed: int, once: bool) -> Iterator[Tokens]:
-    assert all(source.source.weight for source in sources), "the configuration refuses weights for a part of the list"
     streams = [encoder.encode_stream(source.shuffled(seed)) for source in sources]
     drawn = [0.0] * len(sources)  # tokens over weight
     rounds = [0] * len(sources)  # each in another order

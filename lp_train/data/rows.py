@@ -35,9 +35,7 @@ class DataStats:
     trained_tokens: int
     dropped_tokens: int
     rows: int
-    eval_documents: int
     eval_tokens: int
-    eval_trained_tokens: int
     eval_rows: int
     excluded_documents: int
     sources: dict[str, int]
@@ -93,8 +91,11 @@ def build_data(
     encoder, everywhere = Encoder(tokenizer, max_length if data.truncate else None), kd_on == "all"
     views = separate(data)
     held_out = draw_eval(views.eval, encoder, eval_tokens, seed)
+    if not held_out and data.eval is not None:
+        raise UserError("data.eval: no evaluation row; its documents are empty or all in data.calibration")
     if not held_out:
-        raise UserError(_no_eval_message(data))
+        rule = "no document of data.train that has text is held out by its hash"
+        raise UserError(f"data.eval_fraction {data.eval_fraction}: {rule}; raise the fraction, or give data.eval")
     calibration = _calibration(data, views.calibration, encoder, calibration_tokens, max_length, everywhere)
     documents = draw_train(views.train, encoder, train_tokens, seed)
     if not documents:
@@ -103,8 +104,16 @@ def build_data(
     train = pack(documents, max_length, everywhere, two_labels)
     domains = sorted({document.domain for document in held_out})
     evaluation = pack(held_out, max_length, everywhere, two_labels, domains)
-    stats = _count(data, documents, held_out, train, evaluation, len(views.excluded))
-    _check(stats, data.truncate)
+    for name, rows in (("train", train), ("eval", evaluation)):
+        if not _trained(rows):
+            raise UserError(
+                f"data.{name}: zero trained tokens (no assistant turn or completion, or only one-token documents); "
+                "check the roles, or set loss.kd_on all"
+            )
+    stats = _count(data, documents, train, evaluation, len(views.excluded))
+    share = stats.dropped_tokens / (stats.tokens + stats.dropped_tokens)
+    if share > MAX_DROPPED and not data.truncate:
+        raise UserError(f"data.train: packing lost {share:.1%} of the tokens (at most 1 %); set data.truncate true")
     return Data(train, evaluation, stats, domains, calibration)
 
 
@@ -115,7 +124,7 @@ def _calibration(
         return None
     documents = draw_eval(views, encoder, tokens, seed=0)
     rows = pack(documents, max_length, everywhere) if documents else None
-    if rows is None or not (_flat(rows, "labels") != IGNORED).any():
+    if rows is None or not _trained(rows):
         if data.calibration is not None:
             raise UserError("data.calibration: no trained token to choose pairs by; give documents that have text")
         share = f"data.calibration_fraction {data.calibration_fraction}"
@@ -161,59 +170,30 @@ def pack(
     return Dataset(rows)
 
 
-def _count(
-    data: DataConfig,
-    documents: list[Tokens],
-    held_out: list[Tokens],
-    train: Dataset,
-    evaluation: Dataset,
-    excluded: int,
-) -> DataStats:
+def _count(data: DataConfig, documents: list[Tokens], train: Dataset, evaluation: Dataset, excluded: int) -> DataStats:
     by_source = dict.fromkeys((source.path for source in data.train), 0)
     for document in documents:
         by_source[document.path] += len(document.ids)
-    (tokens, trained), (eval_tokens, eval_trained) = (
-        (int(_flat(rows, "seq_lengths").sum()), int((_flat(rows, "labels") != IGNORED).sum()))
-        for rows in (train, evaluation)
-    )
+    tokens = int(_flat(train, "seq_lengths").sum())
     return DataStats(
         documents=len(documents),
         tokens=tokens,
-        trained_tokens=trained,
+        trained_tokens=_trained(train),
         dropped_tokens=sum(document.dropped for document in documents) + sum(by_source.values()) - tokens,
         rows=len(train),
-        eval_documents=len(held_out),
-        eval_tokens=eval_tokens,
-        eval_trained_tokens=eval_trained,
+        eval_tokens=int(_flat(evaluation, "seq_lengths").sum()),
         eval_rows=len(evaluation),
         excluded_documents=excluded,
         sources=by_source,
     )
 
 
+def _trained(rows: Dataset) -> int:
+    return int((_flat(rows, "labels") != IGNORED).sum())
+
+
 def _flat(rows: Dataset, column: str) -> np.ndarray:
     return rows.with_format("arrow")[column].combine_chunks().flatten().to_numpy()
-
-
-def _check(stats: DataStats, truncate: bool) -> None:
-    for name, trained in (("train", stats.trained_tokens), ("eval", stats.eval_trained_tokens)):
-        if not trained:
-            raise UserError(
-                f"data.{name}: zero trained tokens (no assistant turn or completion, or only one-token documents); "
-                "check the roles, or set loss.kd_on all"
-            )
-    share = stats.dropped_tokens / (stats.tokens + stats.dropped_tokens)
-    if share > MAX_DROPPED and not truncate:
-        raise UserError(f"data.train: packing lost {share:.1%} of the tokens (at most 1 %); set data.truncate true")
-
-
-def _no_eval_message(data: DataConfig) -> str:
-    if data.eval is not None:
-        return "data.eval: no evaluation row; its documents are empty or all in data.calibration"
-    return (
-        f"data.eval_fraction {data.eval_fraction}: no document of data.train that has text is held out by its hash; "
-        "raise the fraction, or give data.eval"
-    )
 
 
 @dataclass(frozen=True)

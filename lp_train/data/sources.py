@@ -1,33 +1,35 @@
 """Sources of text: local files, hub datasets and ``builtin:pydocs``, as documents in a seeded order."""
 
+from __future__ import annotations
+
 import dataclasses
+import glob
 import hashlib
+import logging
+import lzma
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import datasets
+import numpy as np
 
 from lp_train.config import Source
-from lp_train.data.files import Row, find_files, is_local, read_rows
 from lp_train.data.pydocs import load_pydocs
 from lp_train.errors import UserError
 
 Role = Literal["train", "eval", "calibration"]
-Rows: TypeAlias = Sequence[Row] | datasets.Dataset | datasets.IterableDataset
+Row = dict[str, Any]
 
 PYDOCS = "builtin:pydocs"
-_FORMS = (
-    {"messages": "messages"},
-    {"messages": "conversations"},
-    {"prompt": "prompt", "completion": "completion"},
-    {"text": "text"},
-)
-# ShareGPT's names, which no chat template knows.
-_KEYS = {"from": "role", "value": "content"}
-_ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}  # of the library datasets
+COMPRESSED = (".xz", ".gz")
+_UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, StopIteration, lzma.LZMAError, zlib.error)
+logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # what is wrong with a file is said below
+_FORMS = ({"messages": "messages"}, {"prompt": "prompt", "completion": "completion"}, {"text": "text"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,45 +69,49 @@ class Document:
 class OpenSource:
     """A source with its rows at hand, or with the means to stream them.
 
-    ``identity`` names where the rows come from, so that two roles with a common row source are found out.
-    ``keep`` says by a document's key whether it belongs to this view of the source.
+    ``tables`` holds the rows of each local file, else all of them, with their domain. ``identity`` names where they
+    come from, so that two roles with a common row source are found out. ``keep`` says by a document's key whether it
+    belongs to this view of the source.
     """
 
     source: Source
     label: str
     identity: frozenset[str]
-    rows: Rows
-    columns: dict[str, str]
-    files: list[str]  # of local rows at hand: the file of each
+    tables: list[tuple[str, datasets.Dataset]]
     keep: Callable[[bytes], bool] = lambda key: True
 
     @property
     def streamed(self) -> bool:
-        return isinstance(self.rows, datasets.IterableDataset)
+        return isinstance(self.tables[0][1], datasets.IterableDataset)
 
-    def only(self, keep: Callable[[bytes], bool]) -> "OpenSource":
+    def __len__(self) -> int:
+        return sum(len(rows) for _, rows in self.tables)
+
+    def only(self, keep: Callable[[bytes], bool]) -> OpenSource:
         """This source without the documents whose key ``keep`` refuses."""
         return dataclasses.replace(self, keep=keep)
 
     def shuffled(self, seed: int) -> Iterator[Document]:
         """The documents once, in an order fixed by the seed (a streamed source: through a buffer of 1,000)."""
-        if isinstance(self.rows, datasets.IterableDataset):
-            for row in self.rows.shuffle(seed=seed, buffer_size=1000):
-                yield from self._kept(row)
+        if self.streamed:
+            ((domain, rows),) = self.tables
+            for row in rows.shuffle(seed=seed, buffer_size=1000):
+                yield from self._kept(row, domain)
         else:
-            for number in random.Random(seed).sample(range(len(self.rows)), len(self.rows)):
+            for number in random.Random(seed).sample(range(len(self)), len(self)):
                 yield from self.numbered(number)
 
     def numbered(self, number: int) -> Iterator[Document]:
         """The document of row ``number`` if it belongs to this view, else nothing."""
-        return self._kept(self.rows[number], self.files[number] if self.files else "")
+        ends = np.cumsum([len(rows) for _, rows in self.tables])
+        place = int(np.searchsorted(ends, number, side="right"))
+        domain, rows = self.tables[place]
+        return self._kept(rows[int(number - ends[place])], domain)  # from the table's end
 
-    def _kept(self, row: Row, file: str = "") -> Iterator[Document]:
-        document = _document(row, self.columns, self.label)
+    def _kept(self, row: Row, domain: str) -> Iterator[Document]:
+        document = _document(row, _forms(self.source), self.label)
         if not document.is_empty and self.keep(document.key):
-            name = Path(self.source.path.removeprefix("builtin:")).name
-            of_source = f"{name}:{self.source.name}" if self.source.name else name
-            yield dataclasses.replace(document, path=self.source.path, domain=file.partition(".")[0] or of_source)
+            yield dataclasses.replace(document, path=self.source.path, domain=domain)
 
 
 def open_source(source: Source, role: Role) -> OpenSource:
@@ -116,88 +122,125 @@ def open_source(source: Source, role: Role) -> OpenSource:
     """
     label = f"data.{role} {source.path}"
     try:
-        identity, rows, files = _rows(source)
-        first = next(iter(rows), None)
-        if first is None:
-            raise UserError(f"{source.path}: no rows; check the split ({source.split}) and the revision")
+        identity, tables = _tables(source)
     except UserError as error:
         raise UserError(f"data.{role} {error}") from None
-    return OpenSource(source, label, identity, rows, _find_columns(source, list(first), label), files)
+    for _, rows in tables:
+        names = list(next(iter(rows)))
+        if not any(set(form.values()) <= set(names) for form in _forms(source)):
+            wanted = repr(source.text_column) if source.text_column else "messages, prompt and completion, or text"
+            has = f"it has {', '.join(names)}"
+            raise UserError(f"{label}: no column {wanted}; {has}; name the one with the text in text_column")
+    return OpenSource(source, label, identity, tables)
 
 
-def _rows(source: Source) -> tuple[frozenset[str], Rows, list[str]]:
-    """Where the rows come from, the rows, and the file of each."""
+def _forms(source: Source) -> Sequence[dict[str, str]]:
+    """Which column plays which part; a row is of the first form that it has values for."""
+    return [{"text": source.text_column}] if source.text_column else _FORMS
+
+
+def _tables(source: Source) -> tuple[frozenset[str], list[tuple[str, datasets.Dataset]]]:
+    """Where the rows come from, and the rows by domain."""
+    name = Path(source.path.removeprefix("builtin:")).name
     if source.path == PYDOCS:
-        return frozenset([PYDOCS]), load_pydocs(), []
+        return frozenset([PYDOCS]), [(name, datasets.Dataset.from_list(load_pydocs()))]
     if not is_local(source.path):
-        return frozenset([f"{source.path}:{source.name}:{source.split}"]), _load_from_hub(source), []
+        identity = frozenset([f"{source.path}:{source.name}:{source.split}"])
+        return identity, [(f"{name}:{source.name}" if source.name else name, _load_from_hub(source))]
     files = find_files(source.path)
-    identity = frozenset(str(file.resolve()) for file in files)
-    if source.streaming:
-        # The list of files is read as a list of shards, which are then shuffled too.
-        return identity, datasets.IterableDataset.from_generator(read_rows, gen_kwargs={"files": files}), []
-    rows = [(row, file.name) for file in files for row in read_rows([file])]
-    return identity, [row for row, _ in rows], [name for _, name in rows]
+    if source.streaming:  # several files are shards, which are shuffled too
+        tables = [(name, load_files(files, streaming=True))]
+    else:
+        tables = [(file.name.partition(".")[0], load_files([file])) for file in files]
+    return frozenset(str(file.resolve()) for file in files), tables
+
+
+def is_local(path: str) -> bool:
+    """Whether ``path`` means files on this machine and not a hub dataset: it exists or looks like a file name."""
+    looks_local = glob.has_magic(path) or path.startswith((".", "/", "~")) or _suffix(Path(path)) in READERS
+    return looks_local or Path(path).expanduser().exists()
+
+
+def find_files(path: str) -> list[Path]:
+    """The files that a path or a glob (``**`` for any depth) names, sorted.
+
+    Raises:
+        UserError: nothing there, a folder, or a kind of file that cannot be read.
+    """
+    expanded = str(Path(path).expanduser())
+    if Path(expanded).is_dir():
+        raise UserError(f"{path}: this is a folder; name its files with a pattern such as {path.rstrip('/')}/*.jsonl")
+    files = sorted(Path(name) for name in glob.glob(expanded, recursive=True) if Path(name).is_file())
+    if not files and glob.has_magic(expanded):
+        raise UserError(f"{path}: no file matches this pattern; check it from the folder {Path.cwd()}")
+    if not files:
+        raise UserError(f"{path}: no such file; relative paths start at {Path.cwd()}")
+    for file in files:
+        if _suffix(file) not in READERS:
+            known = ", ".join(sorted(READERS))
+            raise UserError(f"{file}: unknown kind of file; data files end in {known} (text ones also in .xz or .gz)")
+    return files
+
+
+def _suffix(file: Path) -> str:
+    """The suffix that says the format, below any compression."""
+    return Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+
+
+def load_files(files: list[Path], streaming: bool = False) -> datasets.Dataset:
+    """Their rows; a ``.txt`` file is one row ``{"text": ...}``."""
+    reader = READERS[_suffix(files[0])]
+    options = {"sample_by": "document"} if reader == "text" else {}
+    try:
+        names = [str(file) for file in files]
+        rows = datasets.load_dataset(reader, data_files=names, split="train", streaming=streaming, **options)
+        if next(iter(rows), None) is None:
+            raise ValueError("no data")
+        return rows
+    except (*_UNREADABLE, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        if isinstance(error, StopIteration) or "no data" in reason:
+            raise UserError(f"{files[0]}: the file is empty; remove it from the data or fill it") from None
+        raise UserError(f"{files[0]}: cannot be read ({reason}); check or rebuild the file") from None
 
 
 def _load_from_hub(source: Source) -> datasets.Dataset | datasets.IterableDataset:
     try:
-        return datasets.load_dataset(
+        rows = datasets.load_dataset(
             source.path, source.name, split=source.split, revision=source.revision, streaming=source.streaming
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE")
         state = f"HF_HUB_OFFLINE is {offline}, so only cached data sets are found" if offline else "check the network"
         reason = " ".join(str(error).split())[:200]
         wrong = f"the hub dataset did not load ({reason})"
         raise UserError(f"{source.path}: {wrong}; check name and split; {state}") from None
+    if next(iter(rows), None) is None:
+        raise UserError(f"{source.path}: no rows; check the split ({source.split}) and the revision")
+    return rows
 
 
-def _find_columns(source: Source, names: list[str], label: str) -> dict[str, str]:
-    """Which column plays which part: ``{"text"|"messages"|"prompt"|"completion": column}``; options go first."""
-    given = {part: getattr(source, f"{part}_column") for part in ("messages", "prompt", "completion", "text")}
-    chosen = {part: column for part, column in given.items() if column}
-    if "prompt" in chosen or "completion" in chosen:
-        chosen = {"prompt": "prompt", "completion": "completion"} | chosen
-    if not chosen:
-        chosen = next((form for form in _FORMS if set(form.values()) <= set(names)), {})
-    has = f"it has {', '.join(names)}"
-    if not chosen:
-        forms = "messages, conversations, prompt and completion, or text"
-        raise UserError(f"{label}: no column {forms}; {has}; name one with text_column or messages_column")
-    for part, column in chosen.items():
-        if column not in names:
-            raise UserError(f"{label}: no column {column!r} for the {part}; {has}")
-    return chosen
-
-
-def _document(row: Row, columns: dict[str, str], label: str) -> Document:
-    missing = [column for column in columns.values() if column not in row]
-    if missing:
-        raise UserError(f"{label}: a row has no column {missing[0]!r}, only {', '.join(row)}; give all rows the same")
-    parts = {part: row[column] for part, column in columns.items()}
+def _document(row: Row, forms: Sequence[dict[str, str]], label: str) -> Document:
+    """Empty where the row has a value for none of the forms."""
+    form = next((form for form in forms if all(row.get(column) is not None for column in form.values())), {})
+    parts = {part: row[column] for part, column in form.items()}
     if "messages" in parts:
         return Document(messages=_messages(parts["messages"], label))
     if isinstance(parts.get("prompt"), list):
         prompt, completion = _messages(parts["prompt"], label), _messages(parts["completion"], label)
         return Document(messages=prompt + completion, context=len(prompt))
     for part, value in parts.items():
-        if not isinstance(value, str | None):
-            held = f"column {columns[part]!r} holds a {type(value).__name__}"
-            raise UserError(f"{label}: {held}, not text; set messages_column for chats")
+        if not isinstance(value, str):
+            held = f"column {form[part]!r} holds a {type(value).__name__}"
+            raise UserError(f"{label}: {held}, not text; chats stand in a column messages")
     return Document(text=parts.get("text") or parts.get("completion") or "", prompt=parts.get("prompt"))
 
 
 def _messages(value: Any, label: str) -> list[dict[str, Any]]:
-    """Messages with ``role`` and ``content``, from those or from ShareGPT's ``from`` and ``value``."""
-    value = [] if value is None else value
+    """Messages with ``role`` and ``content``."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise UserError(f"{label}: messages must be a list of {{role, content}}; a row holds {str(value)[:60]!r}")
-    messages = [{_KEYS.get(key, key): part for key, part in message.items()} for message in value]
-    for message in messages:
+    for message in value:
         if not {"role", "content"} <= message.keys():
-            has = f"a message has {', '.join(message)}"
-            raise UserError(f"{label}: {has}; it needs role and content (or from and value)")
-        message["role"] = _ROLE_NAMES.get(message["role"], message["role"])
-        message["content"] = message["content"] or ""
-    return messages
+            raise UserError(f"{label}: a message has {', '.join(message)}; it needs role and content")
+    return [{**message, "content": message["content"] or ""} for message in value]

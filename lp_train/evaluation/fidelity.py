@@ -92,7 +92,7 @@ def by_position(figures: Mapping[str, Fidelity]) -> dict[str, Any]:
     """The figures of each model over how many tokens of the document come before the one that is predicted."""
     edges = [1, *(2 ** (i + FIRST_BUCKET) for i in range(1, BUCKETS)), None]
     spans = [{"from": low, "to": high - 1 if high else None} for low, high in itertools.pairwise(edges)]
-    return {"unit": "tokens of context", "buckets": _sections(spans, {m: f.cells.sum(0) for m, f in figures.items()})}
+    return {"buckets": _sections(spans, {m: f.cells.sum(0) for m, f in figures.items()})}
 
 
 def by_domain(figures: Mapping[str, Fidelity], domains: Sequence[str]) -> dict[str, Any]:

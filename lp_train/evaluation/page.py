@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Sequence
 from html import escape
@@ -41,14 +42,13 @@ def plain(found: Table) -> str:
 
 
 def html(title: str, markdown: str, folder: Path) -> str:
-    """``markdown`` with its tables and the plots of ``folder``, as SVG in the colours of the page."""
+    """``markdown`` with its tables and the plots of ``folder`` in it."""
 
-    def figure(match: re.Match[str]) -> str:
-        svg = (folder / match[1]).with_suffix(".svg").read_text()
-        return f'<figure role="img" aria-label="{match[2]}">{svg}</figure>'
+    def embedded(match: re.Match[str]) -> str:
+        return f'src="data:image/png;base64,{base64.b64encode((folder / match[1]).read_bytes()).decode()}"'
 
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
-    body = re.sub(r'<p><img src="(.*?)" alt="(.*?)" /></p>', figure, body)
+    body = re.sub(r'src="(plots/.*?)"', embedded, body)
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>{escape(title)}</title>{STYLE}"
@@ -56,20 +56,15 @@ def html(title: str, markdown: str, folder: Path) -> str:
 
 
 STYLE = """<style>
-:root { color-scheme: light dark; --line: #c3c8d1; --soft: #f2f4f8; --page: #ffffff; --ink: #1c2230; --dim: #5b6475;
-  --original: #6b7484; --untuned: #e69f00; --recovered: #0072b2 }
-@media (prefers-color-scheme: dark) { :root { --line: #454c59; --soft: #20242c; --page: #15181e; --ink: #e4e7ec;
-  --dim: #a0a8b5; --original: #98a1b0; --untuned: #ffb52e; --recovered: #56b4e9 } }
-body { max-width: 58rem; margin: 0 auto; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+body { max-width: 58rem; margin: 0 auto; padding: 1rem; color: #1c2230; font: 1rem/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; line-height: 1.2 }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .8rem; border-bottom: 1px solid var(--line) }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .8rem; border-bottom: 1px solid #c3c8d1 }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; line-height: 1.35;
   overflow-wrap: normal; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-th { background: var(--soft); vertical-align: bottom } td[style*=right] { white-space: nowrap }
-td:first-child { white-space: nowrap } small { font-size: .82rem; font-weight: 400; color: var(--dim) }
-pre { padding: .8rem; background: var(--soft); overflow-x: auto; font-size: .85rem; overflow-wrap: normal }
-figure { margin: 1rem 0 } svg { display: block; width: 100%; max-width: 40rem; height: auto }
-@media print { body { max-width: none } figure, tr { break-inside: avoid } }
+th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid #c3c8d1 }
+th { background: #f2f4f8; vertical-align: bottom } td[style*=right] { white-space: nowrap }
+td:first-child { white-space: nowrap } small { font-size: .82rem; color: #5b6475 }
+pre { padding: .8rem; background: #f2f4f8; overflow-x: auto; font-size: .85rem; line-height: 1.3 }
+img { display: block; width: 100%; max-width: 40rem }
 </style>"""

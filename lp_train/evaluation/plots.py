@@ -1,9 +1,7 @@
-"""The plots of a report. Each draws a figure that stays readable 360 pixels wide, without colour, on dark pages."""
+"""The plots of a report. Each draws a figure that stays readable 360 pixels wide and without colour."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,40 +10,28 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 NAMES = {"sequential": "original", "paired": "untuned pairs", "recovered": "recovered"}
-# told apart by the colour-blind (Okabe and Ito) and by lightness; on a page they follow its style
-PAGE, INK, LINE, ORIGINAL, PAIRED, RECOVERED = "#ffffff", "#1c2230", "#c3c8d1", "#6b7484", "#e69f00", "#0072b2"
+# told apart by the colour-blind (Okabe and Ito) and by lightness
+ORIGINAL, PAIRED, RECOVERED = "#6b7484", "#e69f00", "#0072b2"
 STYLES: dict[str, dict[str, Any]] = {
     "sequential": {"color": ORIGINAL, "marker": "s", "linestyle": ":", "label": NAMES["sequential"]},
     "paired": {"color": PAIRED, "marker": "^", "linestyle": "--", "label": NAMES["paired"]},
     "recovered": {"color": RECOVERED, "marker": "o", "label": NAMES["recovered"]},
 }
-VARIABLES = {PAGE: "page", INK: "ink", LINE: "line", ORIGINAL: "original", PAIRED: "untuned", RECOVERED: "recovered"}
 THEME: dict[Any, Any] = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK),
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), PAGE),
-    **dict.fromkeys(("axes.edgecolor", "grid.color"), LINE),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
     **dict.fromkeys(("axes.titlesize", "font.size"), 10),
 }
 WIDTH = 5.6  # inches: at 10 points text is still some 9 pixels high where the plot is 360 pixels wide
-STEPS_PER_LINE = 12
 
 
 def plot(folder: Path, name: str, alt: str, draw: Callable[[], Figure]) -> str:
-    """Draws ``plots/NAME.png`` in ``folder`` and the same as SVG in the colours of the page; returns its Markdown."""
+    """Draws ``plots/NAME.png`` in ``folder``; returns its Markdown."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({**THEME, "svg.hashsalt": name}):
-        figure, svg = draw(), io.StringIO()
-        figure.savefig(folder / "plots" / f"{name}.png", dpi=160)
-        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    element = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg.getvalue()[svg.getvalue().index("<svg") :])
-    for colour, variable in VARIABLES.items():
-        element = element.replace(colour, f"var(--{variable})")
-    (folder / "plots" / f"{name}.svg").write_text(element)
+    with matplotlib.rc_context(THEME):
+        draw().savefig(folder / "plots" / f"{name}.png", dpi=160)
     return f"![{alt}](plots/{name}.png)"
 
 
@@ -62,31 +48,6 @@ def _legend(axis: Axes) -> None:
     """Below all panels, where it covers nothing."""
     assert isinstance(axis.figure, Figure)
     axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-
-
-def model_picture(plan: Mapping[str, Any]) -> Figure:
-    """The layers in the order they run, pairs side by side; the text is read line by line, as the model runs."""
-    pairs = plan.get("kind", "pair") == "pair"
-    second = {first: other for first, other in plan["pairs"]} if pairs else {}
-    left_out = {*second.values(), *plan.get("removed", ())}
-    steps = [[k, second[k]] if k in second else [k] for k in range(plan["num_layers"]) if k not in left_out]
-    lines = [steps[i : i + STEPS_PER_LINE] for i in range(0, len(steps), STEPS_PER_LINE)]
-    figure = Figure(figsize=(WIDTH, 0.75 * len(lines) + 0.35), layout="constrained")
-    axis = figure.subplots()
-    for row, line in enumerate(lines):
-        y = -2.9 * row
-        axis.annotate("", (len(line) + 0.25, y), (-0.45, y), arrowprops={"arrowstyle": "->", "color": LINE}, zorder=0)
-        for x, layers in enumerate(line):
-            for layer, offset in zip(layers, (0.58, -0.58) if len(layers) > 1 else (0.0,), strict=True):
-                colour = RECOVERED if len(layers) > 1 else ORIGINAL
-                box: dict[str, Any] = {"boxstyle": "round,pad=0.02,rounding_size=0.12", "fc": colour, "ec": "none"}
-                axis.add_patch(FancyBboxPatch((x + 0.08, y + offset - 0.46), 0.74, 0.92, **box))
-                axis.text(x + 0.45, y + offset, str(layer), ha="center", va="center", color=PAGE, fontsize=9)
-    axis.set(xlim=(-0.5, STEPS_PER_LINE + 0.3), ylim=(-2.9 * (len(lines) - 1) - 1.25, 1.25))
-    axis.axis("off")
-    what = f"{len(second)} pairs run side by side" if pairs else f"control {plan['kind']}"
-    axis.set_title(f"{plan['num_layers']} layers in {len(steps)} steps: {what}")
-    return figure
 
 
 def recovery(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], tokens_per_step: int) -> Figure:
@@ -120,7 +81,7 @@ def drift(pairs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def positions(buckets: Sequence[Mapping[str, Any]], unit: str) -> Figure:
+def positions(buckets: Sequence[Mapping[str, Any]]) -> Figure:
     """KL and top-1 agreement by position in the document."""
     figure, axes = _panels(2, 5.4, sharex=True)
     labels = [f"{b['from']}–{b['to']}" if b["to"] else f"{b['from']}–" for b in buckets]
@@ -130,7 +91,7 @@ def positions(buckets: Sequence[Mapping[str, Any]], unit: str) -> Figure:
     _legend(axes[0])
     axes[0].set_title("Divergence from the original by position in the document")
     axes[1].tick_params(axis="x", rotation=30)
-    axes[1].set_xlabel(unit)
+    axes[1].set_xlabel("tokens of context")
     return figure
 
 

@@ -25,6 +25,7 @@ from lp_train.evaluation.tables import (  # noqa: F401  (the recipe says `table`
     answers,
     checkpoint_table,
     domain_table,
+    draw,
     fidelity_table,
     generation_table,
     sentence,
@@ -130,7 +131,7 @@ def write_report(
 def write_document(folder: Path, document: Mapping[str, Any], history: History = (), tokens_per_step: int = 0) -> None:
     """The page of a report, an evaluation or both together; what is not measured has no section."""
     figure, trained = functools.partial(plots.plot, folder), "train" in document
-    picture = figure("model", "which layers run side by side", lambda: plots.model_picture(document["plan"]))
+    picture = f"```text\n{draw(document['plan'])}\n```"
     sections: Sections = {"": [fidelity_table([document]), _fidelity_note(document), picture]}
     if trained or document.get("heal"):
         sections[""].insert(0, sentence(document))
@@ -197,7 +198,7 @@ def _fidelity_sections(document: Mapping[str, Any], figure: Callable[..., str]) 
     if len(domains) > 1:
         sections["By domain"] = [domain_table(domains)]
     if by := document.get("fidelity_by_position"):
-        curve = figure("position", "fidelity by position", lambda: plots.positions(by["buckets"], by["unit"]))
+        curve = figure("position", "fidelity by position", lambda: plots.positions(by["buckets"]))
         sections["By position in the document"] = [curve]
     if document.get("drift"):
         note = "How far the residual stream after each pair is from the original's on the same tokens, relative to its "

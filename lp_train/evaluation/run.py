@@ -217,13 +217,12 @@ def task_sections(suite: Suite, runs: Sequence[Results]) -> dict[str, Any]:
 
 
 def _comparisons(of_task: Mapping[str, Sequence[Items]], metric: str, chance: float) -> dict[str, Comparison]:
-    """Each model's items, of one or more seeds, against the original's; the recovered model's also against untuned."""
+    """Each model's items, of one or more seeds, against the original's."""
     values = {model: np.stack([items.sums(metric)[0] for items in seeds]) for model, seeds in of_task.items()}
     weights, floor = of_task["sequential"][0].sums(metric)[1], None if is_perplexity(metric) else chance
     values = {model: seeds if model == "recovered" else seeds[:1] for model, seeds in values.items()}
-    pairs = {"paired": ("sequential", "paired"), "recovered": ("sequential", "recovered")}
-    pairs["recovered_over_paired"] = ("paired", "recovered")
-    return {n: compare(values[a][0], values[b], weights, floor) for n, (a, b) in pairs.items() if b in values}
+    original = values.pop("sequential")[0]
+    return {model: compare(original, seeds, weights, floor) for model, seeds in values.items()}
 
 
 def _item_lines(suite: Suite, results: Results) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from lp_train.evaluation.page import Table, literal
 from lp_train.evaluation.plots import NAMES
 
+STEPS_PER_LINE = 18  # of the drawn plan: 72 columns
 MODELS = {**NAMES, "control": "control (not paired)"}
 
 
@@ -223,3 +224,18 @@ def answers(sample: dict[str, str]) -> str:
     lines = [f"Prompt: {sample['prompt']}"]
     lines += [f"- **{MODELS[key]}**: {sample[key].strip()}" for key in MODELS if key in sample]
     return "\n".join(lines)
+
+
+def draw(plan: Mapping[str, Any]) -> str:
+    """The layers of a report's ``plan`` from left to right, a pair's one above the other; × where one is gone."""
+    pairs = plan.get("kind", "pair") == "pair"
+    partner, removed = dict(plan["pairs"]) if pairs else {}, plan.get("removed", ())
+    cells = []
+    for i in range(plan["num_layers"]):
+        if i in partner:
+            cells.append((f"╭{i:>2}╮", "┤  ├", f"╰{partner[i]:>2}╯"))
+        elif i not in partner.values():
+            cells.append(("    ", "─ × " if i in removed else f"─{i:>2}─", "    "))
+    lines = [cells[at : at + STEPS_PER_LINE] for at in range(0, len(cells), STEPS_PER_LINE)]
+    rows = ("".join(row).rstrip() for line in lines for row in zip(*line, strict=True))
+    return "\n".join(row for row in rows if row)

@@ -1,9 +1,8 @@
-"""Calibration text, and sums over its batches: shared out over processes, kept batch by batch."""
+"""Calibration text, and sums over its batches: shared out over processes, kept as far as they have come."""
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,78 +69,49 @@ class Calibration:
     def folder(self) -> Path:
         return store.folder_of(self.about)
 
-    def kept(self, name: str) -> dict[str, Any] | None:
-        """What :meth:`keep` wrote under this name, of the first process's disk, on every process."""
-        found = [store.read(self.folder / f"{name}.json", self.about) if self.state.is_main_process else None]
-        broadcast_object_list(found)
-        return found[0]
-
-    def keep(self, name: str, content: dict[str, Any]) -> None:
-        """Called by every process; the first one writes."""
-        if self.state.is_main_process:
-            store.write(self.folder / f"{name}.json", self.about, content)
-
-    def batches(self) -> list[range]:
-        starts = range(0, len(self.rows), self.batch_size)
-        return [range(start, min(start + self.batch_size, len(self.rows))) for start in starts]
-
     def batch(self, indices: range) -> dict[str, Tensor]:
         """As long as its longest row: on a CPU, few rows are not all full."""
         rows, where = [self.rows[i] for i in indices], next(self.model.parameters()).device
         collate = dataclasses.replace(self.collate, max_length=max(len(row["input_ids"]) for row in rows))
         return {name: tensor.to(where) for name, tensor in collate(rows).items()}
 
-    def total(self, measure: Measure, steps: int, name: str, keep: bool = False) -> Tensor:
-        """The sum over all batches of what ``measure`` yields in ``steps`` pieces [n, columns], one below the other:
-        float64 [rows, columns] on the CPU, the same on every process.
+    def total(self, measure: Measure, pieces: int, name: str) -> Tensor:
+        """The sum over all batches of what ``measure`` yields in ``pieces`` [n, columns], one below the other: float64
+        [rows, columns] on the CPU, the same on every process.
 
-        ``keep``: the result is kept, and until then each batch: what was measured before is read, and a measurement
-        that was stopped goes on.
+        Batches are shared out over the processes. The sum is kept under ``name`` after each round of batches, so that
+        a measurement that was stopped goes on and a finished one is read.
 
         Raises:
             UserError: NaN or infinite values in the original's layers or in the result.
         """
-        if keep and (content := self.kept(name)):
-            return torch.tensor(content["sums"], dtype=torch.float64)
-        parts = self.folder / f"{name}.parts"
-        done = {span: found for span in self.batches() if keep and (found := self._part_of(parts, span)) is not None}
-        kept = [sorted(done, key=lambda span: span.start)]
+        file, last = self.folder / f"{name}.json", len(self.rows) - 1
+        kept = [store.read(file, self.about) if self.state.is_main_process else None]
         broadcast_object_list(kept)  # the first process's disk decides, where each has its own
-        todo = [span for span in self.batches() if span not in kept[0]]
-        mine = todo[self.state.process_index :: self.state.num_processes]
-        sums = [done[span] for span in kept[0]] if self.state.is_main_process else []
+        done, total = (kept[0]["rows"], torch.tensor(kept[0]["sums"], dtype=torch.float64)) if kept[0] else (0, None)
+        rounds = range(done, len(self.rows), self.batch_size * self.state.num_processes)
         hidden = not self.state.is_main_process
-        with evaluating(self.model), tqdm(total=len(mine) * steps, desc=name, disable=hidden, leave=False) as bar:
-            for span in mine:
-                pieces = []
-                for piece in measure(Stack(self.model, self.batch(span), self.algebra)):
-                    pieces.append(piece)
+        with evaluating(self.model), tqdm(total=len(rounds) * pieces, desc=name, disable=hidden, leave=False) as bar:
+            for start in rounds:
+                first = start + self.state.process_index * self.batch_size
+                batch = self.batch(range(min(first, last), min(first + self.batch_size, last + 1)))
+                found = []
+                for piece in measure(Stack(self.model, batch, self.algebra)):
+                    found.append(piece)
                     bar.update()
-                sums.append(torch.cat(pieces).cpu())
-                if keep:
-                    store.write(self._part(parts, span), self.about, {"sums": sums[-1].tolist()})
-        total = self._gathered(sums)
-        if keep:
-            self.keep(name, {"sums": total.tolist()})
-            shutil.rmtree(parts, ignore_errors=True)
+                sums = torch.cat(found) * (first <= last)  # there may be fewer batches than processes
+                sums = reduce(sums.to(self.state.device), "sum").cpu()
+                total = sums if total is None else total + sums
+                check_finite(total)
+                if self.state.is_main_process:
+                    store.write(file, self.about, {"rows": start + rounds.step, "sums": total.tolist()})
+        assert total is not None
         return total
 
-    def _part(self, parts: Path, span: range) -> Path:
-        return parts / f"rows-{span.start:05d}-{span.stop:05d}.json"
 
-    def _part_of(self, parts: Path, span: range) -> Tensor | None:
-        content = store.read(self._part(parts, span), self.about)
-        return None if content is None else torch.tensor(content["sums"], dtype=torch.float64)
-
-    def _gathered(self, sums: list[Tensor]) -> Tensor:
-        """Over the processes, of which one may have had no batch."""
-        shape = [[*sums[0].shape] if sums else []]
-        broadcast_object_list(shape)  # the first process has the first batch
-        mine = torch.stack(sums).sum(0) if sums else torch.zeros(shape[0], dtype=torch.float64)
-        total = reduce(mine.to(self.state.device), "sum").cpu()
-        if not total.isfinite().all():
-            raise UserError(
-                "layers side by side give NaN or infinite values where the original does not; set model.dtype bfloat16 "
-                "or float32"
-            )
-        return total
+def check_finite(sums: Tensor) -> None:
+    if not sums.isfinite().all():
+        raise UserError(
+            "layers side by side give NaN or infinite values where the original does not; set model.dtype bfloat16 or "
+            "float32"
+        )

@@ -49,5 +49,5 @@ def choose_plan(
     pairs = sorted([step.first, step.first + 1] for step in path)
     plan = PairPlan.parse(pairs, num_layers=calibration.num_layers).control(config.plan.kind, config.plan.remove)
     costs = f"KL {path[-1].kl:.4f} nats per token there"
-    say(f"{config.plan.pairs}: {plan}, {costs}; kept in {calibration.folder / 'greedy.json'}")
+    say(f"{config.plan.pairs}: {plan}, {costs}; kept in {calibration.folder}")
     return dataclasses.replace(config, plan=dataclasses.replace(config.plan, pairs=pairs)), plan

@@ -6,8 +6,7 @@ A candidate shares everything below it with the plan so far; only the layers abo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,41 +31,29 @@ class Step:
     kl: float
     candidates: dict[int, float]
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Step:
-        return cls(**{**content, "candidates": {int(k): kl for k, kl in content["candidates"].items()}})
-
 
 def greedy(calibration: Calibration, wanted: AutoPairs) -> list[Step]:
-    """The path to a plan as ``wanted``, read from where an earlier one is kept as far as that goes.
+    """The path to a plan as ``wanted``; steps that an earlier one took are read, not measured.
 
     Raises:
         UserError: more pairs than there is room for, a limit that one pair already breaks, NaN or infinite values.
     """
-    count, kept = wanted.count(calibration.num_layers), calibration.kept("greedy") or {"path": []}
-    path = [Step.from_dict(step) for step in kept["path"]]
-    while (len(path) < count) if count else (not path or path[-1].kl <= wanted.limit):
+    count, path = wanted.count(calibration.num_layers), list[Step]()
+    while count is None or len(path) < count:
         if not (candidates := _candidates([step.first for step in path], calibration.num_layers)):
             break
-        path.append(_next(calibration, path, candidates))
-        calibration.keep("greedy", {"path": [asdict(step) for step in path]})
-    if count is None:
-        return _within(path, wanted.limit)
-    if len(path) < count:
+        step = _next(calibration, [step.first for step in path], candidates)
+        if count is None and step.kl > wanted.limit:
+            if not path:
+                cheapest = f"the cheapest pair, {step.first}-{step.first + 1}, costs {step.kl:.4f} nats per token"
+                limit = f"plan.pairs 'auto:loss<={wanted.limit:g}'"
+                raise UserError(f"{limit}: {cheapest} already; allow more, or give auto:N")
+            break
+        path.append(step)
+    if count and len(path) < count:
         fits = f"one after the other, the cheapest leave room for {len(path)} of {count} pairs"
         raise UserError(f"plan.pairs: {fits}; ask for {len(path)} or give a window")
-    return path[:count]
-
-
-def _within(path: list[Step], limit: float) -> list[Step]:
-    """As far as the path keeps to the limit."""
-    length = next((i for i, step in enumerate(path) if step.kl > limit), len(path))
-    if not length:
-        cheapest = (
-            f"the cheapest pair, {path[0].first}-{path[0].first + 1}, costs {path[0].kl:.4f} nats per token already"
-        )
-        raise UserError(f"plan.pairs 'auto:loss<={limit:g}': {cheapest}; allow more, or give auto:N")
-    return path[:length]
+    return path
 
 
 def _candidates(chosen: Sequence[int], num_layers: int) -> list[int]:
@@ -74,9 +61,7 @@ def _candidates(chosen: Sequence[int], num_layers: int) -> list[int]:
     return [k for k in range(num_layers - 1) if not taken & {k, k + 1}]
 
 
-def _next(calibration: Calibration, path: list[Step], candidates: list[int]) -> Step:
-    chosen = [step.first for step in path]
-
+def _next(calibration: Calibration, chosen: list[int], candidates: list[int]) -> Step:
     def measure(stack: Stack) -> Iterator[Tensor]:
         yield stack.sums([stack.select(stack.states[-1])])
         states = _states(stack, chosen)
@@ -85,7 +70,8 @@ def _next(calibration: Calibration, path: list[Step], candidates: list[int]) -> 
             yield stack.sums([stack.finish([*chosen, k], k, states[k]) for k in some])
 
     pieces = 1 - (-len(candidates) // AT_A_TIME)
-    original, *means = calibration.total(measure, pieces, f"pair {len(path) + 1}") / calibration.tokens
+    name = "-".join(map(str, ["greedy", *chosen]))
+    original, *means = calibration.total(measure, pieces, name) / calibration.tokens
     nlls, kls = torch.stack(means).T.tolist()
     best = kls.index(min(kls))
     return Step(candidates[best], nlls[best] - float(original[0]), kls[best], dict(zip(candidates, kls, strict=True)))

@@ -18,8 +18,6 @@ from lp_train.errors import UserError
 from lp_train.models import cache_folder, fingerprint
 from lp_train.pairing.families import decoder_of
 
-NAMES = {"model": "another model", "data": "other calibration text", "algebra": "another plan.algebra"}
-
 
 def weights_hash(model: nn.Module) -> str:
     """A short hash of the base: :func:`fingerprint` and up to 64 values of every weight of its layers. A fine-tuned
@@ -59,11 +57,11 @@ def write(file: Path, made_for: dict[str, Any], content: dict[str, Any]) -> None
     temporary.replace(file)
 
 
-def read(file: Path, made_for: dict[str, Any], *keys: str) -> dict[str, Any] | None:
-    """What :func:`write` wrote; None if there is nothing. ``keys``: the facts that must be the same, without any all.
+def read(file: Path, made_for: dict[str, Any]) -> dict[str, Any] | None:
+    """What :func:`write` wrote; None if there is nothing, or it was made for other text or versions.
 
     Raises:
-        UserError: not written by :func:`write`, or made for another model, other text and so on.
+        UserError: not written by :func:`write`, or made for another model.
     """
     if not file.exists():
         return None
@@ -72,9 +70,7 @@ def read(file: Path, made_for: dict[str, Any], *keys: str) -> dict[str, Any] | N
         found = content["about"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: not a file of figures; delete it, and they are made again") from None
-    for key in keys or made_for:
-        if found.get(key) != made_for[key]:
-            other = NAMES.get(key, f"another {key}")
-            differs = f"made for {other} ({found.get(key)}, this is {made_for[key]})"
-            raise UserError(f"{file}: {differs}; delete it, or name another folder")
-    return content
+    if found.get("model") != made_for["model"]:
+        differs = f"made for another model ({found.get('model')}, this is {made_for['model']})"
+        raise UserError(f"{file}: {differs}; delete it, or name another folder")
+    return content if found == made_for else None

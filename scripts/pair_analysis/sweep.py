@@ -56,7 +56,7 @@ def sweep(calibration: Calibration) -> Sweep:
         UserError: NaN or infinite values; kept figures of another model.
     """
     layers = calibration.num_layers
-    sums = calibration.total(all_windows, layers, "sweep", keep=True) / calibration.tokens
+    sums = calibration.total(all_windows, layers, "sweep") / calibration.tokens
     costs = [Cost(nll, kl) for nll, kl in sums.tolist()]
     return Sweep(layers, calibration.tokens, costs[0].nll, dict(zip(windows(layers), costs[1:], strict=True)))
 

@@ -1,4 +1,4 @@
-"""What ``scripts/select_pairs.py`` writes: tables, plots and figures of one configuration, in one folder."""
+"""What ``select_pairs.py`` writes: tables, plots and figures of one configuration, in one folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lp_train.evaluation.page import Table
 from lp_train.evaluation.plots import plot
 from lp_train.selection import store
 from lp_train.selection.greedy import Step
-from lp_train.selection.sweep import Sweep
+from pair_analysis.sweep import Sweep
 
 FIGURES, PAGE = "selection.json", "selection.md"
 
@@ -27,8 +27,7 @@ class Report:
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder, self.about, self.sections = folder, about, dict[str, Any]()
-        earlier = store.read(folder / FIGURES, about, "model")
-        if earlier and earlier["about"] == about:
+        if earlier := store.read(folder / FIGURES, about):
             self.sections = earlier["sections"]
 
     def add(self, name: str, title: str, table: Table, figures: Any, pictures: dict[str, Callable[[], Figure]]) -> None:

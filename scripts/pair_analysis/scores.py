@@ -13,16 +13,16 @@ layer k+1 with its residual. The larger, the more the pair should cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lp_train.selection.calibration import Calibration
 from lp_train.selection.stack import Stack
-from lp_train.selection.sweep import Sweep
+from pair_analysis.sweep import Sweep
 
 NAMES = ("reaction", "error", "cosine", "first", "second")
 
@@ -46,19 +46,5 @@ def _of_pairs(stack: Stack) -> Iterator[Tensor]:
 
 def rank_correlations(found: dict[str, list[float]], swept: Sweep) -> dict[str, float]:
     """Spearman's, of each score with the KL that the sweep found for the single pairs."""
-    costs = [swept.costs[k, 1].kl for k in range(swept.num_layers - 1)]
-    return {name: spearman(values, costs) for name, values in found.items()}
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Pearson's correlation of the ranks, equal values sharing the mean of theirs; NaN where all of one are equal."""
-    a, b = (_ranks(np.asarray(values)) for values in (first, second))
-    spread = np.sqrt((a**2).sum() * (b**2).sum())
-    return float((a * b).sum() / spread) if spread else float("nan")
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Around their mean."""
-    below, equal = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
-    ranks = below + (equal - 1) / 2
-    return ranks - ranks.mean()
+    costs = pd.Series([swept.costs[k, 1].kl for k in range(swept.num_layers - 1)]).rank()
+    return {name: float(pd.Series(values).rank().corr(costs)) for name, values in found.items()}

@@ -14,7 +14,7 @@ from lp_train.pairing import pair_layers, unpair_layers
 from lp_train.pairing.families import decoder_of
 from lp_train.selection.calibration import Calibration
 from lp_train.selection.stack import Stack
-from lp_train.selection.sweep import all_windows, windows
+from pair_analysis.sweep import all_windows, windows
 
 CPU_SAMPLE = 9  # windows from scratch, evenly spaced over the grid; on a GPU all of them
 Result = TypeVar("Result")
@@ -28,7 +28,11 @@ def compare(calibration: Calibration, sample: int | None = None) -> dict[str, An
     the mean over ``sample`` windows (None: all) times the number of windows.
     ``largest_difference``: between the sweep's and the evaluation's NLL and KL of the sampled windows.
     """
-    model, indices, grid = calibration.model, calibration.batches()[0], windows(calibration.num_layers)
+    model, indices, grid = (
+        calibration.model,
+        range(min(calibration.batch_size, len(calibration.rows))),
+        windows(calibration.num_layers),
+    )
     chosen = grid[:: max(1, len(grid) // sample)] if sample else grid
     batch = calibration.batch(indices)
 

@@ -33,7 +33,7 @@ def interventions(calibration: Calibration) -> dict[str, dict[tuple[int, int], f
     """
     check_alike(calibration.model)
     layers = calibration.num_layers
-    sums = calibration.total(_all_kinds, 1 + layers * len(KINDS), "interventions", keep=True) / calibration.tokens
+    sums = calibration.total(_all_kinds, 1 + layers * len(KINDS), "interventions") / calibration.tokens
     original, *nlls = sums[:, 0].tolist()
     places = [(kind, start, n) for start in range(layers) for kind in KINDS for n in lengths(kind, layers - start)]
     found: dict[str, dict[tuple[int, int], float]] = {kind: {} for kind in KINDS}

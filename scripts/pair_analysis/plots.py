@@ -11,9 +11,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lp_train.evaluation.plots import INK, PAGE, PAIRED, RECOVERED, STYLES
+from lp_train.evaluation.plots import PAIRED, RECOVERED, STYLES
 from lp_train.selection.greedy import Step
-from lp_train.selection.sweep import Sweep
+from pair_analysis.sweep import Sweep
 
 WIDTH = 7.2  # inches
 FLOOR, CEILING = 0.01, 3.0  # nats per token: below is noise of few tokens, above the model is ruined either way
@@ -32,7 +32,7 @@ def heat_map(swept: Sweep) -> Figure:
     for axis, (title, grid) in zip(axes, grids.items(), strict=True):
         _draw(axis, grid, _scale(grids))
         for length, start in _cheapest(grid).items():
-            axis.plot(start, length, marker="o", ms=5, mfc=PAIRED, mec=INK, mew=0.8)
+            axis.plot(start, length, marker="o", ms=5, mfc=PAIRED, mec="black", mew=0.8)
             text = f"{grid[start, length]:.2f}"
             axis.annotate(text, (swept.num_layers - 0.7, length), va="center", fontsize=8, annotation_clip=False)
         axis.set(title=title, ylabel="pairs in the window")
@@ -106,6 +106,6 @@ def _draw(axis: Axes, grid: Grid, norm: LogNorm, ticks: int = 15) -> None:
     cells = np.full((len(lengths), len(starts)), np.nan)
     for (start, length), value in grid.items():
         cells[length - lengths[0], start - starts[0]] = max(value, FLOOR)
-    axis.pcolormesh(starts, lengths, np.ma.masked_invalid(cells), norm=norm, cmap=COLOURS, edgecolors=PAGE, lw=0.4)
+    axis.pcolormesh(starts, lengths, np.ma.masked_invalid(cells), norm=norm, cmap=COLOURS, edgecolors="white", lw=0.4)
     for which in (axis.xaxis, axis.yaxis):
         which.set_major_locator(MaxNLocator(integer=True, nbins=ticks))
