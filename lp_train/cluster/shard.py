@@ -22,8 +22,7 @@ def shard(model: nn.Module) -> nn.Module:
     as it is. Every parameter keeps its dtype: accelerate's own wrapping would cut pairs and upcast adapters."""
     if engine.asked() == "FSDP2":
         plugin = FullyShardedDataParallelPlugin()  # reads the variables that `accelerate launch` sets
-        options = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
-        fully_shard(shard_layers(model, **options), offload_policy=plugin.cpu_offload)
+        fully_shard(shard_layers(model, reshard_after_forward=plugin.reshard_after_forward))
     return model
 
 
