@@ -45,6 +45,9 @@ def start(command: Sequence[str], processes: int = 1, **environment: str) -> lis
 def start_engine(script: str, engine: str, *arguments: str, processes: int = 2) -> list[subprocess.Popen[str]]:
     """A script of this folder as ranks of an engine; all but DDP must begin with ``benchmarks.cpu_engines.pretend``."""
     pretended = PRETENDED if ENGINES[engine] else {}
+    if processes == 1:  # also alone in a world, as a launcher would start it
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        pretended = {**pretended, **address, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     command = [str(ROOT / "tests" / script), *arguments]
     return start(command, processes, **ENGINES[engine], **pretended, PYTHONPATH=PATHS)
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -22,8 +23,7 @@ def shard(model: nn.Module) -> nn.Module:
     as it is. Every parameter keeps its dtype: accelerate's own wrapping would cut pairs and upcast adapters."""
     if engine.asked() == "FSDP2":
         plugin = FullyShardedDataParallelPlugin()  # reads the variables that `accelerate launch` sets
-        options = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
-        fully_shard(shard_layers(model, **options), offload_policy=plugin.cpu_offload)
+        fully_shard(shard_layers(model, reshard_after_forward=plugin.reshard_after_forward))
     return model
 
 
@@ -79,14 +79,17 @@ def inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` as the forward of a sharded model, so that the weights outside of its layers are whole in it;
     called plainly for any other model."""
     in_parts = isinstance(model, FSDPModule) or any(hasattr(p, "ds_id") for p in model.parameters())
-    return _ForwardRedirection()(model, model, function, *args) if in_parts else function(*args)
+    if not in_parts:
+        return function(*args)
+    result = _ForwardRedirection()(model, model, function, *args)
+    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
+        model.reshard()  # without a backward those weights would stay whole, and a checkpoint could not be loaded
+    return result
 
 
 def held(model: nn.Module) -> tuple[int, int]:
     """(elements of the parameters that this process holds, of all parameters)."""
     ours = everything = 0
-    if isinstance(model, FSDPModule):
-        model.reshard()  # what is outside of the layers stays whole after a forward without a backward
     for p in model.parameters():
         part = p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p)
         ours, everything = ours + part.numel(), everything + getattr(p, "ds_numel", p.numel())

@@ -39,6 +39,7 @@ from lp_train.cluster.launch import check_engine, leave, quieten_libraries
 from lp_train.cluster.shard import shard
 from lp_train.config import Config
 from lp_train.data import RowCollator
+from lp_train.distill import packed_attention
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.trainer import PairedTrainer
 from lp_train.pairing import pair_layers
@@ -129,6 +130,8 @@ def make_trainer(
     config = build_config(case, case.gradient_checkpointing)
     config.train.update(options)
     model = build_in_parts(case, config, state) if in_parts else shard(build(case, config, state.device))
+    if not case.compile:  # the baselines' attention is to be compiled
+        model.config.get_text_config()._attn_implementation = packed_attention.NAME
     dtype = models.resolve_dtype(case.dtype, state.device)
     common: dict[str, Any] = {"model": model, "train_dataset": random_rows(case), "callbacks": callbacks}
     common["args"] = training_arguments(config, folder, state, dtype, "none")
