@@ -22,4 +22,4 @@ lp_setup
 stage ruff check .
 stage ruff format --check .
 stage mypy lp_train scripts
-stage pytest -q ${arguments[@]+"${arguments[@]}"}
+stage pytest -q --durations=10 ${arguments[@]+"${arguments[@]}"}
