@@ -127,7 +127,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
 
     # what a user can get wrong is looked at before weights are loaded
     say(f"{config.name}: {config.model.name_or_path}, {plan or config.plan.pairs}")
-    start = models.adapter_folder(config.lora["start_from"]) if config.lora["start_from"] not in (None, HEAL) else None
+    start = start_folder(config)
     dtype = models.resolve_dtype(config.model.dtype, state.device)
     check_submit(config)
     report_to = track.report_to(config.track) if state.is_main_process else "none"
@@ -145,12 +145,12 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     extra = unquantised_original(plan, bench) if config.model.quantization else {}
     set_seed(args.seed)
     model = build_model(config, plan, state.device)
-    extra |= start_adapters(model, bench, start, args.per_device_train_batch_size, say)
+    checkpoint = checkpoint_to_resume(folder, model, state, resume, say)
+    extra |= start_adapters(model, bench, start, args.per_device_train_batch_size, say, fitted=checkpoint is not None)
     trainable, everything = count_parameters(model)
     say(f"trains {trainable:,} of {everything:,} parameters")
 
     # all is good: the folder becomes this run's
-    checkpoint = checkpoint_to_resume(folder, model, state, resume, say)
     extra["cost"] = forward_costs(model, config.train["max_length"])
     shard(model)
     open_run_folder(folder, config, state, resume)
@@ -221,11 +221,20 @@ def check_base(config: Config) -> int:
     return model_config.num_hidden_layers
 
 
+def start_folder(config: Config) -> Path | None:
+    """The adapter that training starts from, if it is in a folder."""
+    start = config.lora["start_from"]
+    if start == HEAL and engine.asked() == "FSDP2":  # the base is in host memory there
+        rule = "under FSDP2 each process would make the fit on its CPU"
+        raise UserError(f"lora.start_from 'heal': {rule}; make it with scripts/heal.py and give its folder")
+    return None if start in (None, HEAL) else models.adapter_folder(start)
+
+
 def start_adapters(
-    model: nn.Module, bench: Bench, start: Path | None, rows: int, say: Callable[..., Any]
+    model: nn.Module, bench: Bench, start: Path | None, rows: int, say: Callable[..., Any], fitted: bool
 ) -> dict[str, Any]:
     """Before training: the adapter in ``start``, or what the model's activations say (``init_lora_weights: eva``,
-    ``start_from: heal``). Returns what the report holds of it."""
+    ``start_from: heal``; not again where a checkpoint follows, ``fitted``). Returns what the report holds of it."""
     lora, where = bench.config.lora, model.device
     if start:
         models.load_adapter(model, start)
@@ -234,7 +243,9 @@ def start_adapters(
             start_from_activations(model, bench.training_batches(rows, 16, where))
     if lora["start_from"] != HEAL:
         return {}
-    healed = fit(model, bench.first_batches(lora["heal_tokens"], where), bench.autocast)
+    if fitted:
+        return {"healed_start": {}}
+    healed = fit(model, bench.batches_of(lora["heal_tokens"], where), bench.autocast)
     say(f"healed: adapters fitted on {healed['tokens']:,} tokens in {healed['seconds']:.0f} s")
     return {"healed_start": healed}
 
@@ -301,7 +312,8 @@ def train_control(
     plan: PairPlan, args: SFTConfig, bench: Bench, tokenizer: PreTrainedTokenizerBase, resume: bool
 ) -> Fidelity:
     """The same training without pairs. Cross-entropy alone also moves the original, which recovery must not count."""
-    print("control: the same adapters and data, layers in order", flush=True)
+    if bench.state.is_main_process:
+        print("control: the same adapters and data, layers in order", flush=True)
     alone: dict[str, Any] = {
         "report_to": "none",
         "eval_strategy": "no",

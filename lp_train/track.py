@@ -45,6 +45,8 @@ def choose_mode(config: TrackConfig) -> tuple[str, str]:
         return "offline", "track.wandb is offline"
     if not _has_key():
         return "offline", f"no key for {_host()}; run `wandb login`"
+    if config.wandb == "online" or os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return "online", "as asked" if config.wandb == "online" else "through the proxy of HTTPS_PROXY"
     return ("online", f"{_host()} answers") if _reachable() else ("offline", f"{_host()} cannot be reached")
 
 

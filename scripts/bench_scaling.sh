@@ -50,8 +50,8 @@ beside() {
 for part in ${parts:-ddp fsdp2 zero3 runs 70b}; do
     case $part in
     ddp)
-        for n in 1 2 4; do
-            [ "$n" -le "$gpus" ] && launch 150 "ddp-$n" "$([ "$n" = 1 ] && echo single || echo ddp)" "$n" step --shape llama-8b
+        for n in $(printf '%s\n' 1 2 "$gpus" | sort -nu); do
+            launch 150 "ddp-$n" "$([ "$n" = 1 ] && echo single || echo ddp)" "$n" step --shape llama-8b
         done
         ;;
     fsdp2)

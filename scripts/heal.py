@@ -95,7 +95,7 @@ def run(config: Config, tokens: int, overwrite: bool = False) -> dict[str, Any]:
     fitted = {
         "asked_tokens": tokens,
         "rank": config.lora["r"],
-        **fit(model, bench.first_batches(tokens), bench.autocast),
+        **fit(model, bench.batches_of(tokens), bench.autocast),
     }
     print(f"fitted on {fitted['tokens']:,} tokens in {fitted['seconds']:.0f} s", flush=True)
 

@@ -2,7 +2,7 @@
 
     python scripts/select_pairs.py configs/smollm2_135m.yaml --sweep --greedy 11 --scores
     python scripts/select_pairs.py configs/smollm2_135m.yaml --sweep --compare plan.algebra=par
-    accelerate launch --num_processes 8 scripts/select_pairs.py configs/llama8b.yaml --greedy depth<=0.75
+    accelerate launch --num_processes 8 scripts/select_pairs.py configs/llama8b.yaml --greedy 'depth<=0.75'
 
 On two CPU cores, ten minutes at most, and something to see in one:
 

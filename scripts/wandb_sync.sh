@@ -16,6 +16,7 @@ parts=()
 for folder in "$@"; do
     found=("$folder"/wandb/*run-2*)
     [ -d "${found[0]}" ] || { echo "error: $folder: nothing kept in it; name a run folder" >&2; exit 2; }
+    mapfile -t found < <(printf '%s\n' "${found[@]}" | sed 's/.*run-\(2[0-9_]*\)/\1 &/' | sort | cut -d' ' -f2-)  # by time
     parts+=("${found[@]}")
 done
 command -v wandb >/dev/null || { echo "error: no wandb here; run: pip install wandb" >&2; exit 2; }

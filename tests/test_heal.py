@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 import heal as command
 import lp_train
 from lp_train import finetune
+from lp_train.config import load_config
 from lp_train.distill.replay import run_prefix
 from lp_train.errors import UserError
+from lp_train.evaluation.bench import Bench
 from lp_train.pairing import adapters_off, pair_layers, sequential
 from lp_train.pairing import heal as healing
 from lp_train.pairing.families import decoder_of
@@ -296,7 +299,7 @@ def test_training_goes_on_from_it(config: Path, healed: Path) -> None:
     assert trained["recovered"]["kl"] == pytest.approx(start["recovered"]["kl"], rel=1e-4)
 
 
-def test_training_heals_first(config: Path, healed: Path) -> None:
+def test_training_heals_first(config: Path, healed: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = config.parent / "healed-and-trained"
     options = [
         "lora.r=8",
@@ -311,6 +314,37 @@ def test_training_heals_first(config: Path, healed: Path) -> None:
     assert report["paired"] == alone["paired"]
     assert report["recovered"]["kl"] == pytest.approx(alone["recovered"]["kl"], rel=0.1)  # of other rows
     assert "from a healed start" in (folder / "report.md").read_text()
+
+    capfd.readouterr()
+    assert finetune.main([str(config), *options, f"train.output_dir={folder}", "--resume"]) == 0
+    resumed = json.loads((folder / "report.json").read_text())
+    assert "healed: " not in capfd.readouterr().out and resumed["healed_start"] == {}
+    assert resumed["recovered"] == report["recovered"] and "a healed start" in (folder / "report.md").read_text()
+
+
+def test_the_rows_of_a_fit_are_drawn() -> None:
+    """Packed rows stand by length: the first ones are those of the longest documents."""
+    rows = [{"n": i} for i in range(100)]
+    config = SimpleNamespace(train={"seed": 0, "max_length": 4}, evaluate=SimpleNamespace(batch_size=5))
+    taken: list[int] = []
+
+    def collate(batch: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        taken.extend(row["n"] for row in batch)
+        return {name: torch.zeros(len(batch), 4) for name in ("input_ids", "position_ids")}
+
+    bench = Bench(config, SimpleNamespace(train=rows), collate, SimpleNamespace(device="cpu"), torch.float32)  # type: ignore[arg-type]
+    assert len(list(bench.batches_of(60))) == 3
+    assert len(set(taken)) == 15 and max(taken) > 50
+    first = list(taken)
+    list(bench.batches_of(60))
+    assert taken == first * 2
+
+
+def test_no_fit_on_the_cpus_of_fsdp2(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match=r"lora.start_from 'heal': under FSDP2 .*; make it with scripts/heal.py"):
+        finetune.start_folder(load_config(config, ["lora.start_from=heal", "lora.heal_tokens=4096"]))
 
 
 MISTAKES = {

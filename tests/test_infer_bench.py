@@ -203,3 +203,13 @@ def test_trade_off_and_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(UserError, match=r"infer.jsonl: No such file"):
         (tmp_path / "report.json").write_text("{}")
         trade_off.read(tmp_path)
+    cells = [json.loads(line) for line in (runs[0] / "infer.jsonl").read_text().splitlines()]
+    for cell in cells:
+        cell["cell"]["mode"] = "eager"
+    (tmp_path / "infer.jsonl").write_text("\n".join(map(json.dumps, cells)))
+    with pytest.raises(UserError, match="no decoding of the fused model as a CUDA graph"):
+        trade_off.read(tmp_path)
+    cells[0]["cell"]["batch"] = 8
+    (tmp_path / "infer.jsonl").write_text("\n".join(map(json.dumps, cells)))
+    with pytest.raises(UserError, match="several batches or contexts"):
+        trade_off.read(tmp_path)

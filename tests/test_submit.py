@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
@@ -11,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 import evaluate_run
 from lp_train import finetune
+from lp_train.cluster.preemption import requeue
+from lp_train.cluster.submit import submit
 
 SBATCH = """#!/usr/bin/env bash
 printf '%s\\n' "$@" | paste -sd '|' >>"$ASKED"
@@ -32,6 +37,18 @@ def config(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     model = tiny_run.save_model(tmp_path / "model", tiny_tokenizer)
     return tiny_run.write_config(tmp_path / "tiny.yaml", model, tiny_run.write_text(tmp_path / "text.jsonl"))
+
+
+def test_a_slurm_that_does_not_answer_costs_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(command: list[str], **options: Any) -> None:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", late)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "checkpoint-2").mkdir()
+    assert "timed out after 60 seconds" in submit(tmp_path, 2)
+    assert requeue() == "job 7 cannot be requeued (Slurm does not answer); queue it again by: scontrol requeue 7"
 
 
 def test_each_checkpoint_has_a_job_and_a_row(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

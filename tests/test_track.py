@@ -115,7 +115,7 @@ def test_a_server_that_refuses_the_key_costs_a_line(refusing_server: str, tmp_pa
 
 
 def test_modes_and_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert track.choose_mode(TrackConfig(wandb="off")) == ("off", "track.wandb is off")
@@ -124,5 +124,8 @@ def test_modes_and_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9 login user password {KEY}\n")
     assert track.choose_mode(TrackConfig()) == ("offline", "127.0.0.1:9 cannot be reached")
+    assert track.choose_mode(TrackConfig(wandb="online")) == ("online", "as asked")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    assert track.choose_mode(TrackConfig()) == ("online", "through the proxy of HTTPS_PROXY")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert track.choose_mode(TrackConfig()) == ("disabled", "WANDB_MODE is disabled")

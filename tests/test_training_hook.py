@@ -1,18 +1,23 @@
 """What is measured while a model trains: it changes nothing, it is what a later measurement finds, the best is kept."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
+import torch
 from eval_files import write_eval_files
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import evaluate_run
 from lp_train import finetune
+from lp_train.config import load_config
+from lp_train.errors import UserError
+from lp_train.evaluation.progress import watched_tasks
 
 TASKS = "evaluate.tasks=[piqa_local, gsm8k_local]"  # likelihoods and generation
 STEPS = ["train.max_steps=6", "train.save_steps=2"]
@@ -46,6 +51,17 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 def weights(folder: Path) -> dict[str, list]:
     return {name: value.tolist() for name, value in load_file(folder / "adapter_model.safetensors").items()}
+
+
+def test_no_task_that_generates_while_weights_are_in_parts(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    every = [f"evaluate.task_data={place / 'files'}", "train.task_steps=2", "train.eval_steps=2"]
+    tokenizer = AutoTokenizer.from_pretrained(place / "model")
+    for tasks, refused in ((TASKS, True), ("evaluate.tasks=[piqa_local]", False)):
+        config = load_config(place / "tiny.yaml", [*every, tasks])
+        with pytest.raises(UserError, match=r"train.task_steps 2: .* under FSDP2") if refused else nullcontext():
+            assert watched_tasks(config, tokenizer, torch.float32)
 
 
 def test_measuring_changes_nothing(place: Path) -> None:

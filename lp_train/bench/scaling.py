@@ -16,6 +16,7 @@ STATES = ("gradients, float32", "AdamW states, float32")
 WEIGHTS = ("frozen base weights", "trained weights, float32")
 GATHERED, BUCKETS = "weights gathered at a time", "buckets of the all-reduce"
 COPY = "float32 copy of the trained weights"
+AT_START = "whole weights at the start, beyond a step"
 SHARDED = {"ddp": (), "zero2": STATES, "fsdp2": WEIGHTS + STATES, "zero3": WEIGHTS + STATES}
 
 
@@ -35,10 +36,12 @@ def memory_per_gpu(
 
     Those of :func:`memory_gib`, of which each GPU holds its share where they are sharded. To these come what is
     gathered at a time (FSDP2, ZeRO-3), DDP's buckets, which are as large as the gradients, and DeepSpeed's float32 copy
-    of its share of the trained weights. Not in it: the CUDA context and what the allocator loses (2 to 6 GiB).
+    of its share of the trained weights, and what ZeRO-3 takes at the start, when the weights are still whole, beyond a
+    step. FSDP2 cuts them in host memory, where each process has them whole. Not in it: the CUDA context and what the
+    allocator loses (2 to 6 GiB).
     """
     items = memory_gib(model, config, engine, rows)
-    trained = items["trained weights, float32"]
+    trained, whole = items["trained weights, float32"], sum(items[name] for name in WEIGHTS)
     items |= {name: items[name] / gpus for name in SHARDED[kind]}
     if kind in ("fsdp2", "zero3"):
         outside, prefix, suffix = units(model)  # what is outside stays; a unit comes while the one before it computes
@@ -47,6 +50,8 @@ def memory_per_gpu(
         items[BUCKETS] = trained
     if kind.startswith("zero"):
         items[COPY] = trained / gpus
+    if kind == "zero3":
+        items[AT_START] = max(0.0, whole - sum(items.values()))
     return items
 
 

@@ -39,7 +39,7 @@ from lp_train.bench.memory import GIB
 from lp_train.bench.scaling import memory_per_gpu
 from lp_train.bench.shapes import build_on_meta
 from lp_train.cluster import engine
-from lp_train.cluster.launch import check_engine, leave, quieten_libraries
+from lp_train.cluster.launch import check_engine, leave, quieten_libraries, require_deepspeed
 from lp_train.config import Config, TrackConfig, load_config
 from lp_train.distill.arguments import split_of
 from lp_train.distill.compiled import choose_engine
@@ -70,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
     try:
+        require_deepspeed()
         config = load_config(options.config, options.overrides) if options.config else None
         model = _shapes(config) if config else None
     except UserError as error:
@@ -160,7 +161,9 @@ def disk(node: Node) -> Finding:
     free, need = shutil.disk_usage(node.folder).free / GIB, 0.0
     if node.config and node.model:
         kept = (node.config.train["save_total_limit"] or 10) + 2
-        need = 12 * count_parameters(node.model)[0] * kept / GIB
+        trained, everything = count_parameters(node.model)
+        beside = 2 * (everything - trained) if node.config.tune == "full" else 0  # those checkpoints hold all weights
+        need = (12 * trained + beside) * kept / GIB
     found = f"{free:.1f} GiB free in {node.folder}, checkpoints need {need:.1f}"
     return ("ok", found) if free > need else ("FAILED", f"{found}; make room or lower train.save_total_limit")
 

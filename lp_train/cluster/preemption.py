@@ -67,7 +67,10 @@ def requeue() -> str:
     job = os.environ.get("SLURM_JOB_ID")
     if not job or not shutil.which("scontrol"):
         return "--requeue: no Slurm job here; start it again with --resume"
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return f"job {job} cannot be requeued (Slurm does not answer); queue it again by: scontrol requeue {job}"
     reason = " ".join(done.stderr.split())
     return f"job {job} cannot be requeued ({reason})" if done.returncode else f"job {job} is in the queue again"
 

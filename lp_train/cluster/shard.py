@@ -78,13 +78,17 @@ def whole_state(model: nn.Module, trained: bool, keep: bool = True) -> dict[str,
 def inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` as the forward of a sharded model, so that the weights outside of its layers are whole in it;
     called plainly for any other model."""
-    in_parts = isinstance(model, FSDPModule) or any(hasattr(p, "ds_id") for p in model.parameters())
-    if not in_parts:
+    if not in_parts(model):
         return function(*args)
     result = _ForwardRedirection()(model, model, function, *args)
     if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
         model.reshard()  # without a backward those weights would stay whole, and a checkpoint could not be loaded
     return result
+
+
+def in_parts(model: nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO-3 has cut the model: all processes must then take the same number of forwards."""
+    return isinstance(model, FSDPModule) or any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def held(model: nn.Module) -> tuple[int, int]:

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LEFT_OUT = re.compile(r".*\.(pt|pth|bin)|(trainer_state|totals|manifest)\.json")  # what only training needs
 OF_THIS_JOB = re.compile(
     r"SLURM_(?!CONF$)|LP_WORLD_SIZE|ACCELERATE_(?!USE_CPU$)|TORCHELASTIC|MASTER_|\w*(RANK|WORLD_SIZE)$"
+    r"|OMP_NUM_THREADS$|CUDA_VISIBLE_DEVICES$"
 )
 
 
@@ -64,9 +65,9 @@ def submit(folder: Path, step: int) -> str:
     env = {name: value for name, value in os.environ.items() if not OF_THIS_JOB.match(name)}
     try:
         write_folder(target, copy)
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
         problem = " ".join(done.stderr.split()) if done.returncode else ""
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     if problem:
         return f"{checkpoint.name} is not evaluated ({problem}); do it by: {shlex.join(command)}"

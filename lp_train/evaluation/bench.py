@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -33,14 +34,15 @@ class Bench:
         return torch.autocast(self.state.device.type, dtype=self.dtype if enabled else None, enabled=enabled)
 
     def training_batches(self, rows: int, count: int, where: torch.device | None = None) -> Iterator[dict[str, Tensor]]:
-        """The first batches of the training rows, without labels, on the run's device or ``where``; every process has
-        the same."""
-        for start in range(0, min(rows * count, len(self.data.train)), rows):
-            batch = self.collate([self.data.train[i] for i in range(start, min(start + rows, len(self.data.train)))])
+        """Batches of some training rows, without labels, on the run's device or ``where``; every process has the same.
+        They are drawn: packed rows stand in the order of their documents' lengths."""
+        order = np.random.default_rng(self.config.train["seed"]).permutation(len(self.data.train))[: rows * count]
+        for start in range(0, len(order), rows):
+            batch = self.collate([self.data.train[int(i)] for i in order[start : start + rows]])
             yield {name: batch[name].to(where or self.state.device) for name in ("input_ids", "position_ids")}
 
-    def first_batches(self, tokens: int, where: torch.device | None = None) -> Iterator[dict[str, Tensor]]:
-        """Whole batches of the first ``tokens`` tokens of the training rows, as :meth:`training_batches`."""
+    def batches_of(self, tokens: int, where: torch.device | None = None) -> Iterator[dict[str, Tensor]]:
+        """Whole batches of as many tokens of the training rows, as :meth:`training_batches`."""
         rows = min(max(1, tokens // self.config.train["max_length"]), len(self.data.train))
         size = min(rows, self.config.evaluate.batch_size)
         return self.training_batches(size, rows // size, where)

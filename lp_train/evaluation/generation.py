@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lp_train.cluster.shard import inside
+from lp_train.cluster.shard import in_parts, inside
 from lp_train.data.rows import IGNORED, RowCollator
 from lp_train.evaluation.fidelity import Fidelity, Variant, evaluating, measure, shared_out, standard_error
 
@@ -123,6 +124,7 @@ def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Tens
             repetition_penalty=1.0,
             eos_token_id=end,
             pad_token_id=int(tokenizer.pad_token_id or 0),
+            synced_gpus=True if in_parts(model) and dist.is_initialized() else None,
         )
         made = inside(model, greedy)[:, inputs.shape[1] :].tolist()
     return [answer[: answer.index(end) + 1] if end in answer else answer for answer in made]

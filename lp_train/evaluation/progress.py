@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lp_train.cluster import engine
 from lp_train.config import Config
 from lp_train.errors import UserError
 from lp_train.evaluation.bench import Bench
@@ -73,4 +74,10 @@ def watched_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: tor
         raise UserError(f"train.task_steps {config.train['task_steps']}: tasks need the package lm-eval; {remedy}")
     from lp_train.evaluation.tasks import Watch
 
-    return Watch(config.evaluate, tokenizer, dtype)
+    watch = Watch(config.evaluate, tokenizer, dtype)
+    if engine.asked() in engine.IN_PARTS and watch.generates:
+        rule = f"one that generates would wait for itself under {engine.asked()}, where answers end at different tokens"
+        raise UserError(
+            f"train.task_steps {config.train['task_steps']}: {rule}; measure it with scripts/evaluate_run.py"
+        )
+    return watch

@@ -215,7 +215,7 @@ def _change(plan: Mapping[str, Any]) -> str:
 def _effort(report: Mapping[str, Any]) -> str:
     if healed := report.get("heal"):
         return f"a closed-form fit on {healed['tokens']:,} tokens in {healed['seconds']:.0f} s"
-    start = " from a healed start" if report.get("healed_start") else ""
+    start = " from a healed start" if "healed_start" in report else ""
     return f"training on {report['train']['trained_tokens']:,} tokens{start} in {report['train']['seconds']:.0f} s"
 
 

@@ -166,6 +166,12 @@ class Watch:
         self.suite, self.tokenizer, self.dtype = load_suite(config), tokenizer, dtype
         self.batch_size = config.task_batch_size
 
+    @property
+    def generates(self) -> bool:
+        """Whether a task lets the model write its answers."""
+        requests = [i for task in self.suite.tasks.values() for of_item in task.instances for i in of_item]
+        return any(request.request_type == "generate_until" for request in requests)
+
     def __call__(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, dict[str, float]]:
         """``{variant: {"tasks/<task>/<metric>": value}}``, on every process."""
         found, _ = self.suite.run(model, self.tokenizer, variants, self.dtype, PartialState(), self.batch_size)

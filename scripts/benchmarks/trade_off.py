@@ -3,7 +3,8 @@
     PYTHONPATH=.:scripts python -m benchmarks.trade_off RUN [RUN ...] --out trade_off.png
 
 Of each run folder: report.json, evaluation.json (scripts/evaluate_run.py, the group ``seven``) where there is one, and
-infer.jsonl (scripts/bench.py infer --model RUN --parts decode --out RUN/infer.jsonl). Speed-ups are of the original in
+infer.jsonl (scripts/bench.py infer --model RUN --modes eager,graph --parts decode --batches 1 --contexts 512 --out
+RUN/infer.jsonl). Speed-ups are of the original in
 the same process. Prints a table; writes the plot.
 """
 
@@ -31,6 +32,12 @@ def read(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; the module's help says what writes it") from None
     ms = {(c["mode"], c["form"]): c["ms"] for c in cells if c["what"] == "decode" and "ms" in c}
+    if len({(c["batch"], c["context"]) for c in cells}) > 1:
+        raise UserError(f"{folder}/infer.jsonl: several batches or contexts; measure one of each")
+    if ("graph", "fused") not in ms:
+        raise UserError(
+            f"{folder}/infer.jsonl: no decoding of the fused model as a CUDA graph; run infer as in the help"
+        )
     speed = {mode: ms[mode, "sequential"] / ms[mode, "fused"] for mode in ("graph", "eager") if (mode, "fused") in ms}
     tasks = folder / "evaluation.json"
     groups = json.loads(tasks.read_text())["groups"] if tasks.exists() else {}
@@ -54,10 +61,12 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
         axes[0].plot(speeds, kls, style, color=color, label=NAMES[model])
     axes[0].set(ylabel="KL to the original\n[nats per token]", ylim=(0, None))
     axes[0].legend(frameon=False)
-    axes[1].plot(speeds, [100.0, *(run["kept"] for run in runs)], "o-", color=RECOVERED)
+    measured = [(1.0, 100.0, "")]
+    measured += [(run["speed"]["graph"], run["kept"], f"depth {run['depth']}") for run in runs if run["kept"]]
+    axes[1].plot([m[0] for m in measured], [m[1] for m in measured], "o-", color=RECOVERED)
     axes[1].set(ylabel="seven tasks, mean\n[% of the original]", xlabel="decoding speed, fused [x of the original]")
-    for speed, run in zip(speeds[1:], runs, strict=True):
-        axes[1].annotate(f"depth {run['depth']}", (speed, run["kept"]), (6, 4), textcoords="offset points")
+    for speed, kept, name in measured:
+        axes[1].annotate(name, (speed, kept), (6, 4), textcoords="offset points")
     for axis in axes:
         axis.margins(x=0.12)
         axis.grid(alpha=0.5)
