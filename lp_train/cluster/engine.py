@@ -41,9 +41,9 @@ def uses_deepspeed() -> bool:
 
 def broken_options() -> str | None:
     """A line on the first option of FSDP in accelerate's configuration that does not go with this program."""
-    for name, (needed, default, reason) in FSDP_NEEDS.items():
+    for name, (needed, default, reason) in FSDP_NEEDS.items() if asked() == "FSDP2" else ():
         value = os.environ.get(f"FSDP_{name.upper()}", default)
-        if asked() == "FSDP2" and value != needed:
+        if value != needed:
             return f"fsdp_{name} {value}: {reason}; set it to {needed} in accelerate's configuration"
     return None
 

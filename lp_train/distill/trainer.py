@@ -29,7 +29,7 @@ from lp_train.cluster import checkpoint
 from lp_train.cluster import engine as engines
 from lp_train.cluster.checkpoint import SAVING, is_disk_error
 from lp_train.cluster.preemption import Preempted, stop_if_asked
-from lp_train.cluster.shard import held, whole_state
+from lp_train.cluster.shard import held, whole, whole_state
 from lp_train.config import LossConfig
 from lp_train.data.rows import IGNORED
 from lp_train.distill.callbacks import AtStart, CheckpointEvery
@@ -268,7 +268,7 @@ class PairedTrainer(SFTTrainer):
         if self._pending:  # steps that no log line has shown yet: a checkpoint of a diverged model replaces good ones
             weights = torch.tensor([self.loss.kd, self.loss.ce, self.loss.hidden], device=self.args.device)
             self._stop_when_diverged(float((self._mean_parts() * weights).sum()))
-        if not all(p.isfinite().all() for p in whole_state(self.model, trained=True).values()):
+        if not all(whole(p).isfinite().all() for p in model.parameters() if p.requires_grad):
             self._stop_when_diverged(math.nan)  # the gradient of a finite loss was not
         try:
             self._write_checkpoint(model, trial)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import yaml
 
-from benchmarks.table import plt
-from lp_train.errors import UserError, exit_code
+from benchmarks.table import plot_of_runs, plt, save
+from lp_train.errors import UserError
 
 
 def points(folder: Path) -> list[tuple[float, float]]:
@@ -35,15 +34,9 @@ def command(options: argparse.Namespace) -> None:
         axis.plot(*zip(*found, strict=True), style, label=folder.name)
         print(f"{folder.name}: " + ", ".join(f"{kl:.4f} at {tokens:.1f} M" for tokens, kl in found))
     axis.set(xlabel="training tokens [M]", ylabel="KL to the original\n[nats per token]", ylim=(0, None))
-    axis.grid(alpha=0.5)
     axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(options.out, dpi=160)
+    save(figure, options.out)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path, required=True, help="the plot, a PNG")
-    options = parser.parse_args()
-    sys.exit(exit_code(lambda: command(options)))
+    plot_of_runs(__doc__, command)

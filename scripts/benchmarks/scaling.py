@@ -28,11 +28,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from benchmarks.case import SHAPES, Case, build_base, build_config, model_config, plan, random_rows
+from benchmarks import table
+from benchmarks.case import SHAPES, Case, build_config, model_config, plan, random_rows
 from benchmarks.results import appender
-from benchmarks.training import StepClock, origin, paired_trainer
+from benchmarks.training import StepClock, origin, paired_model, paired_trainer
 from lp_train import models
-from lp_train.adapters import attach
 from lp_train.bench.shapes import build_on_meta
 from lp_train.cluster import engine
 from lp_train.cluster.launch import check_engine, leave, quieten_libraries
@@ -42,9 +42,9 @@ from lp_train.data import RowCollator
 from lp_train.distill import packed_attention
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.trainer import PairedTrainer
-from lp_train.pairing import pair_layers
 
 FILE = "scaling.jsonl"
+HEADER = ("cell", "GPUs", "layers", "tokens/s", "of linear", "GiB per GPU", "communication, ms", "exposed, ms")
 
 
 class AtStep(TrainerCallback):
@@ -129,18 +129,13 @@ def make_trainer(
 ) -> PairedTrainer:
     config = build_config(case, case.gradient_checkpointing)
     config.train.update(options)
-    model = build_in_parts(case, config, state) if in_parts else shard(build(case, config, state.device))
+    model = build_in_parts(case, config, state) if in_parts else shard(paired_model(case, config, state.device))
     if not case.compile:  # the baselines' attention is to be compiled
         model.config.get_text_config()._attn_implementation = packed_attention.NAME
     dtype = models.resolve_dtype(case.dtype, state.device)
     common: dict[str, Any] = {"model": model, "train_dataset": random_rows(case), "callbacks": callbacks}
     common["args"] = training_arguments(config, folder, state, dtype, "none")
     return paired_trainer(case, config, RowCollator(case.size[1], pad_token_id=0), common)
-
-
-def build(case: Case, config: Config, device: torch.device) -> nn.Module:
-    base = pair_layers(build_base(case, device), plan(case), config.plan.algebra)
-    return attach(base, plan(case), config)
 
 
 def build_in_parts(case: Case, config: Config, state: PartialState) -> nn.Module:
@@ -198,15 +193,14 @@ def show(options: argparse.Namespace) -> None:
     lines = [json.loads(line) for line in (options.out / FILE).read_text().splitlines()]
     steps, runs = ([line for line in lines if name in line] for name in ("tokens_per_second", "losses"))
     alone = {line["case"]["shape"]: line["tokens_per_second"] for line in steps if line["num_processes"] == 1}
-    print("| cell | GPUs | layers | tokens/s | of linear | GiB per GPU | communication, ms | exposed, ms |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows = []
     for line in steps:
         base = alone.get(line["case"]["shape"])
         line["of_linear"] = line["tokens_per_second"] / base / line["num_processes"] if base else None
-        figures = (("of_linear", ".1%"), ("gib", ".1f"), ("communication_ms", ".1f"), ("exposed_ms", ".1f"))
-        rest = " | ".join("not run" if line[name] is None else format(line[name], form) for name, form in figures)
-        rest = f"{line['layers']} | {line['tokens_per_second']:,.0f} | {rest}"
-        print(f"| {line['cell']} | {line['num_processes']} | {rest} |")
+        forms = {"of_linear": "{:.1%}", "gib": "{:.1f}", "communication_ms": "{:.1f}", "exposed_ms": "{:.1f}"}
+        named = [line["cell"], str(line["num_processes"]), str(line["layers"]), f"{line['tokens_per_second']:,.0f}"]
+        rows.append([*named, *(table.cell(line[name], form) for name, form in forms.items())])
+    print(table.markdown(HEADER, rows))
     kept = "cell engine num_processes layers compiled tokens_per_second of_linear ms_of_blocks gib communication_ms "
     kept += "exposed_ms share_held device commit"
     found: dict[str, Any] = {"steps": [{name: line[name] for name in kept.split()} for line in steps]}
@@ -240,8 +234,8 @@ def newest(folder: Path) -> Path:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands, default = top.add_subparsers(required=True), Case("")
-    one, run, table = (commands.add_parser(f.__name__, help=(f.__doc__ or "")[:60]) for f in (step, train, show))
-    for command, function in ((one, step), (run, train), (table, show)):
+    one, run, shown = (commands.add_parser(f.__name__, help=(f.__doc__ or "")[:60]) for f in (step, train, show))
+    for command, function in ((one, step), (run, train), (shown, show)):
         command.set_defaults(run=function)
         command.add_argument("--out", type=Path, required=True, help="folder of scaling.jsonl")
     for command in (one, run):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,32 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from lp_train.errors import exit_code
 
 AXES = {
     "seq": "sequence length [tokens]",
     "vocab": "vocabulary [× 1,024 entries]",
     "depth": "first pair [share of the depth]",
 }
+
+
+def plot_of_runs(description: str | None, command: Callable[[argparse.Namespace], None]) -> None:
+    """The command line of a program that draws run folders (``runs``) into a PNG (``out``), and the program's end."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, required=True, help="the plot, a PNG")
+    options = parser.parse_args()
+    sys.exit(exit_code(lambda: command(options)))
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a plot with a light grid in each panel, without a frame."""
+    for axis in figure.axes:
+        axis.grid(alpha=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=160)
 
 
 def cell(value: float | None, form: str) -> str:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import cell, markdown, plt
-from lp_train.errors import UserError, exit_code
+from benchmarks.table import cell, markdown, plot_of_runs, plt, save
+from lp_train.errors import UserError
 from lp_train.evaluation.plots import NAMES, PAIRED, RECOVERED
 
 HEADER = ("depth", "CUDA graph", "eager", "NLL original", "recovered", "KL untuned", "recovered", "seven tasks kept")
@@ -69,9 +68,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
         axes[1].annotate(name, (speed, kept), (6, 4), textcoords="offset points")
     for axis in axes:
         axis.margins(x=0.12)
-        axis.grid(alpha=0.5)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=160)
+    save(figure, path)
 
 
 def command(options: argparse.Namespace) -> None:
@@ -81,8 +78,4 @@ def command(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path, required=True, help="the plot, a PNG")
-    options = parser.parse_args()
-    sys.exit(exit_code(lambda: command(options)))
+    plot_of_runs(__doc__, command)

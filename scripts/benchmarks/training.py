@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
@@ -179,8 +180,7 @@ def make_trainer(case: Case, variant: Variant, state: PartialState, folder: Path
     checkpointing = variant.checkpointing or (case.gradient_checkpointing and not variant.two_models)
     config = build_config(case, checkpointing)
     teacher = build_base(case, state.device) if variant.two_models else None
-    model = pair_layers(build_base(case, state.device), plan(case), config.plan.algebra)
-    model = attach(model, plan(case), config)
+    model = paired_model(case, config, state.device)
     if case.fp8 and not variant.two_models:
         convert_linears(decoder_of(model).layers)
     rows, dtype = random_rows(case), models.resolve_dtype(case.dtype, state.device)
@@ -200,6 +200,11 @@ def make_trainer(case: Case, variant: Variant, state: PartialState, folder: Path
             layer.compile(dynamic=False)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def paired_model(case: Case, config: Config, device: torch.device) -> nn.Module:
+    """The base of the case in pairs, with adapters."""
+    return attach(pair_layers(build_base(case, device), plan(case), config.plan.algebra), plan(case), config)
 
 
 def paired_trainer(case: Case, config: Config, collate: RowCollator, common: dict[str, Any]) -> PairedTrainer:
