@@ -50,9 +50,10 @@ beside() {
 for part in ${parts:-ddp fsdp2 zero3 runs 70b}; do
     case $part in
     ddp)
-        for n in $(printf '%s\n' 1 2 "$gpus" | sort -nu); do
-            launch 150 "ddp-$n" "$([ "$n" = 1 ] && echo single || echo ddp)" "$n" step --shape llama-8b
-        done
+        CUDA_VISIBLE_DEVICES=0 beside 150 ddp-1 single 1 step --shape llama-8b
+        [ "$gpus" -gt 2 ] && CUDA_VISIBLE_DEVICES=1,2 beside 150 ddp-2 ddp 2 step --shape llama-8b
+        wait
+        launch 150 "ddp-$gpus" ddp "$gpus" step --shape llama-8b
         ;;
     fsdp2)
         launch 120 fsdp2 fsdp2 "$gpus" step --shape llama-8b --steps 6 --warmup 4 ||
@@ -64,18 +65,18 @@ for part in ${parts:-ddp fsdp2 zero3 runs 70b}; do
         ;;
     runs)
         engines="ddp fsdp2 zero3"
-        beside 90 one single 1 train
+        beside 120 one single 1 train
         for engine in $engines; do
-            beside 90 "$engine-whole" "$engine" "$gpus" train
-            beside 90 "$engine-killed" "$engine" "$gpus" train --kill 6
+            beside 120 "$engine-whole" "$engine" "$gpus" train
+            beside 120 "$engine-killed" "$engine" "$gpus" train --kill 6
         done
         wait
         for engine in $engines; do
             cp -r "$out/$engine-killed" "$out/$engine-again"
-            beside 90 "$engine-again" "$engine" "$gpus" train --resume
+            beside 120 "$engine-again" "$engine" "$gpus" train --resume
             [ "$engine" = zero3 ] && continue # DeepSpeed leaves each process its part of the optimizer
             cp -r "$out/$engine-killed" "$out/$engine-fewer"
-            beside 90 "$engine-fewer" "$([ "$gpus" = 2 ] && [ "$engine" = ddp ] && echo single || echo "$engine")" \
+            beside 120 "$engine-fewer" "$([ "$gpus" = 2 ] && [ "$engine" = ddp ] && echo single || echo "$engine")" \
                 $((gpus / 2)) train --resume
         done
         wait

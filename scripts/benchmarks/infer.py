@@ -251,7 +251,8 @@ def _measure(
         ms = timed(lambda: model.generate(prompt, **n), repeats, where, warmup=1)
     else:
         stepper = Stepper(model, mode, batch, context, options.tokens, where)
-        ms = timed(lambda: stepper.generate(options.tokens), repeats, where, warmup=1)
+        stepper.generate(min(options.tokens, 2 + WARMUP))
+        ms = timed(lambda: stepper.generate(options.tokens), repeats, where, warmup=0)
     return {"ms": ms, "tokens": batch * options.tokens}
 
 
