@@ -39,7 +39,7 @@ OUR_TRAIN_DEFAULTS: dict[str, Default] = {
     "gradient_checkpointing": Default(False, "costs a second forward; set it when the memory does not suffice"),
     "gradient_checkpointing_every": Default(1, "with 2, every second block from the first pair on: half of either"),
     "torch_compile": Default("auto", "each block of layers is compiled on a GPU; a minute at the start"),
-    "cuda_graph": Default("auto", "compiled training without gradient checkpointing runs as one graph on a GPU"),
+    "cuda_graph": Default("auto", "compiled training of one process without checkpointing runs as one graph on a GPU"),
     "fp8": Default(False, "frozen projections in FP8 on Hopper: faster for large models, at some accuracy"),
     "seed": Default(0, "the data's order and the adapters' start"),
 }
