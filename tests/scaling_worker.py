@@ -1,11 +1,13 @@
 """One rank of a world on gloo: what a step of a real engine sends and holds, counted.
 
-Arguments: the engine, "ddp" or "fsdp2", and a configuration. Rank 0 prints a JSON line without and one with gradient
-checkpointing.
+Arguments: the engine, one of lp_train.bench.scaling.ENGINES, and a configuration. Rank 0 prints a JSON line without and
+one with gradient checkpointing.
 """
 
+import importlib
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.models.utils import _ForwardRedirection
 
+from benchmarks.cpu_engines import pretend
 from lp_train.adapters import attach
+from lp_train.cluster.engine import fit_deepspeed
 from lp_train.cluster.launch import leave
 from lp_train.cluster.shard import shard_layers
 from lp_train.config import Config, LossConfig, load_config
@@ -30,6 +34,9 @@ from lp_train.distill.trainer import next_labels
 from lp_train.pairing import PairPlan, pair_layers
 
 SENT = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
+
+NUMBER = 8  # bytes
+ANEW = {f"stage3_{name}": 0 for name in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")}
 
 
 def build(config: Config) -> nn.Module:
@@ -49,7 +56,8 @@ def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 class Collectives(TorchDispatchMode):
-    """Adds up the bytes of the whole tensors of each kind of collective; any other kind is an error."""
+    """Adds up the bytes of the whole tensors of each kind of collective, but for single numbers (DeepSpeed's norm); any
+    other kind is an error."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +67,8 @@ class Collectives(TorchDispatchMode):
         namespace, _, name = func.name().partition("::")
         if namespace == "c10d" and name != "barrier":
             biggest = max(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
-            self.payload[SENT[name]] = self.payload.get(SENT[name], 0) + biggest
+            if biggest > NUMBER:
+                self.payload[SENT[name]] = self.payload.get(SENT[name], 0) + biggest
         return func(*args, **(kwargs or {}))
 
 
@@ -68,31 +77,49 @@ def held(tensors: Any) -> int:
     return sum(t.nbytes for t in local if t.ndim)  # AdamW's own count of steps left out
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Any]) -> None:
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    _ForwardRedirection()(model, inner, loss_sum, inner, COLLATE(rows)).backward()
-    optimizer.step()
+def in_deepspeed(model: nn.Module, stage: int) -> Callable[[list[Any]], None]:
+    """A step of ZeRO, which fetches weights anew each time, as it must where a model is large."""
+    deepspeed = importlib.import_module("deepspeed")
+    options = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage, **(ANEW if stage == 3 else {})},
+    }
+    fit_deepspeed(options)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=options)[0]
+
+    def step(rows: list[Any]) -> None:
+        engine.backward(_ForwardRedirection()(engine, model, loss_sum, model, COLLATE(rows)))
+        engine.step()
+
+    return step
+
+
+def in_torch(wrapped: nn.Module, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[list[Any]], None]:
+    def step(rows: list[Any]) -> None:
+        optimizer.zero_grad()
+        _ForwardRedirection()(wrapped, model, loss_sum, model, COLLATE(rows)).backward()
+        optimizer.step()
+
+    return step
 
 
 def case(engine: str, config: Config, checkpointing: bool, state: PartialState) -> dict[str, Any]:
     model = build(config)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if engine.startswith("zero"):
+        return {"payload": count(in_deepspeed(model, int(engine[-1]))), "processes": state.num_processes}
     if engine == "fsdp2":
         fully_shard(shard_layers(model))
         assert isinstance(model, FSDPModule)
+        wrapped: nn.Module = model
     else:
-        model = DistributedDataParallel(model, broadcast_buffers=False)  # a rotary table's few bytes
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)  # a rotary table's few bytes
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
-    rows = list(packed_rows(2, 300))
-    for _ in range(2):  # buckets and groups are made in the first two
-        step(model, optimizer, rows)
-        optimizer.zero_grad()
-    with Collectives() as counted:
-        step(model, optimizer, rows)
     return {
-        "payload": counted.payload,
+        "payload": count(in_torch(wrapped, model, optimizer)),
         "frozen": held(p for p in model.parameters() if not p.requires_grad),
         "trained": held(trained),
         "gradients": held(p.grad for p in trained),
@@ -101,7 +128,19 @@ def case(engine: str, config: Config, checkpointing: bool, state: PartialState) 
     }
 
 
+def count(step: Callable[[list[Any]], None]) -> dict[str, int]:
+    """Bytes of the third step: buckets and groups are made in the first two."""
+    rows = list(packed_rows(2, 300))
+    for _ in range(2):
+        step(rows)
+    with Collectives() as counted:
+        step(rows)
+    return counted.payload
+
+
 if __name__ == "__main__":
+    if sys.argv[1].startswith("zero"):
+        pretend()
     started = PartialState(cpu=True)
     for with_checkpointing in (False, True):
         found = case(sys.argv[1], load_config(sys.argv[2]), with_checkpointing, started)

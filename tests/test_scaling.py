@@ -17,6 +17,7 @@ from lp_train.config import config_to_yaml
 from lp_train.distill.compiled import Engine
 
 __all__ = ["configure"]
+PATHS = ":".join(str(ROOT / part) for part in (".", "scripts", "tests"))
 WORKER = str(Path(__file__).with_name("scaling_worker.py"))
 
 
@@ -27,7 +28,7 @@ def test_two_processes_hold_and_send_what_is_computed(kind: str, configure: Conf
     config = configure("plan.pairs=1:5")
     (tmp_path / "config.yaml").write_text(config_to_yaml(config))
     worker = [WORKER, kind, str(tmp_path / "config.yaml")]
-    codes, output = ends(start(worker, 2, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"))
+    codes, output = ends(start(worker, 2, PYTHONPATH=PATHS))
     assert codes == [0, 0], output
     cases = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert len(cases) == 2
@@ -35,9 +36,25 @@ def test_two_processes_hold_and_send_what_is_computed(kind: str, configure: Conf
     items = memory_per_gpu(model, config, kind, 2, rows=1, engine=Engine())
     for found in cases:
         assert found["processes"] == 2
-        assert found["payload"] == collectives(model, kind)
+        assert found["payload"] == collectives(model, kind)  # checkpointed or not
         held = [found[name] for name in ("frozen", "trained", "gradients", "optimizer")]
         assert [GIB * items[name] for name in WEIGHTS + STATES] == held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_two_processes_of_deepspeed_send_what_is_computed(kind: str, configure: Configure, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    config = configure("plan.pairs=1:5")
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    worker = [WORKER, kind, str(tmp_path / "config.yaml")]
+    codes, output = ends(start(worker, 2, PYTHONPATH=PATHS, ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu"))
+    assert codes == [0, 0], output
+    cases = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    model = build(config)
+    for found, checkpointed in zip(cases, (False, True), strict=True):
+        assert found["processes"] == 2
+        assert found["payload"] == pytest.approx(collectives(model, kind, checkpointed=checkpointed), rel=0.02)
 
 
 def test_a_ring_sends_the_tensor_once_and_an_all_reduce_twice() -> None:

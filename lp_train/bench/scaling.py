@@ -55,23 +55,25 @@ def memory_per_gpu(
     return items
 
 
-def collectives(model: nn.Module, kind: str, accumulation: int = 1) -> dict[str, float]:
+def collectives(model: nn.Module, kind: str, accumulation: int = 1, checkpointed: bool = False) -> dict[str, float]:
     """Bytes of the whole tensors in the collectives of one optimizer step of ``accumulation`` micro-batches, by kind.
 
     Gathered in each micro-batch: the prefix and what is outside of the layers once, since teacher and student share
-    it, and each later unit for the teacher, the student and the backward. FSDP2 prefetches one unit in vain, the last
-    one, which ran before the student's first. DDP and FSDP2 reduce gradients in the last micro-batch, ZeRO in each.
-    Counted on gloo for DDP and FSDP2 (``tests/test_scaling.py``), also with checkpointed blocks; ZeRO: by its design.
-    Left out: buffers, which are some bytes.
+    it, and each later unit for the teacher, the student and the backward; under ZeRO-3 with ``checkpointed`` blocks
+    once more, to compute them again. FSDP2 prefetches one unit in vain, the last one, which ran before the student's
+    first. DDP and FSDP2 reduce gradients in the last micro-batch, ZeRO in each; ZeRO-2 by an all-reduce.
+    Counted on gloo (``tests/test_scaling.py``): DDP, FSDP2 and ZeRO-2 to the byte, ZeRO-3 to 2 %. ZeRO-3 gathers less
+    of what it still has: by default it keeps up to a billion weights. Left out: buffers, which are some bytes.
     """
     (outside, prefix, suffix), gradients = units(model), 4.0 * count_parameters(model)[0]
     if kind == "ddp":
         return {"all-reduce": gradients}
     if kind == "zero2":
-        return {"reduce-scatter": accumulation * gradients, "all-gather": gradients}
-    gathered = outside + sum(prefix) + 3 * sum(suffix)
+        return {"all-reduce": accumulation * gradients, "all-gather": gradients}
     if kind == "fsdp2":
-        return {"all-gather": accumulation * (gathered + suffix[-1]), "reduce-scatter": gradients}
+        gathered = outside + sum(prefix) + 3 * sum(suffix) + suffix[-1]
+        return {"all-gather": accumulation * gathered, "reduce-scatter": gradients}
+    gathered = outside + sum(prefix) + (4 if checkpointed else 3) * sum(suffix)
     return {"all-gather": accumulation * gathered, "reduce-scatter": accumulation * gradients}
 
 

@@ -59,7 +59,7 @@ def scale(config: Config, shape: str, gpus: list[int]) -> dict[str, Any]:
     for number in gpus:
         for kind in ENGINES:
             memory = memory_per_gpu(model, config, kind, number, rows, Engine())
-            found = collectives(model, kind)
+            found = collectives(model, kind, checkpointed=bool(config.train["gradient_checkpointing"]))
             cells.append({"gpus": number, "engine": kind, "memory_gib": memory, "whole_bytes": found})
             cells[-1] |= {"sent_bytes": sent_per_gpu(found, number)}
     trained, everything = count_parameters(model)
