@@ -59,9 +59,9 @@ from lp_train.dry_run import dry_run
 from lp_train.errors import UserError, exit_code
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
+from lp_train.evaluation.card import write_card
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
 from lp_train.evaluation.progress import Progress, watched_tasks
-from lp_train.evaluation.runs import write_card
 from lp_train.pairing import AutoPairs, PairPlan, in_order, keep_originals, pair_layers
 from lp_train.pairing.families import check_family, decoder_of
 from lp_train.run_folder import check_run_folder, checkpoint_to_resume, locked, open_run_folder
@@ -180,7 +180,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
         report["control"] = train_control(plan, args, bench, tokenizer, resume).as_dict()
     if state.is_main_process:
         write_report(config, folder, report, trainer)
-        track.finish(report, folder)
+        track.finish(report, reports.tables(report), folder)
     say(f"\n{reports.table(report)}\n\n{reports.sentence(report)}\n")
     if progress.answers:
         say(reports.answers(progress.answers) + "\n")

@@ -33,9 +33,11 @@ from lp_train.cluster.launch import check_engine, quieten_libraries, use_all_cor
 from lp_train.config import load_config
 from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation.page import plain
-from lp_train.evaluation.run import evaluate, write
-from lp_train.evaluation.runs import EVALUATIONS, add_row, refresh
-from lp_train.evaluation.tables import fidelity_table, task_table
+from lp_train.evaluation.report import EVALUATIONS
+from lp_train.evaluation.tables import fidelity_table
+from run_evaluation.evaluate import evaluate, write
+from run_evaluation.pages import add_row, refresh
+from run_evaluation.tables import tables, task_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,9 +70,9 @@ def run(options: argparse.Namespace) -> None:
             refresh(folder)
             if folder.absolute().parent.name == EVALUATIONS:
                 add_row(folder.absolute().parents[1])
-            track.add(config.track, folder, config.name, document)
-        tables = [fidelity_table(documents)] + [task_table(documents)] * bool(documents[0]["tasks"])
-        print("\n" + "\n\n".join(map(plain, tables)) + "\n")
+            track.add(config.track, folder, config.name, document, tables(document))
+        shown = [fidelity_table(documents)] + [task_table(documents)] * bool(documents[0]["tasks"])
+        print("\n" + "\n\n".join(map(plain, shown)) + "\n")
         print("report " + ", ".join(f"{folder}/report.md and report.html" for folder in targets))
     state.wait_for_everyone()
     state.destroy_process_group()

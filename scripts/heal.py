@@ -36,8 +36,8 @@ from lp_train.distill.trainer import peak_memory_gib
 from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
+from lp_train.evaluation.card import write_card
 from lp_train.evaluation.fidelity import as_it_is
-from lp_train.evaluation.runs import write_card
 from lp_train.finetune import build_model, check_model, save_result
 from lp_train.pairing import PairPlan, adapters_off
 from lp_train.pairing.heal import check_healable

@@ -22,8 +22,9 @@ from lp_train.config import TrackConfig
 from lp_train.evaluation import page
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.page import Table, literal
-from lp_train.evaluation.statistics import compare
-from lp_train.evaluation.tables import fidelity_table, task_table
+from lp_train.evaluation.tables import fidelity_table
+from run_evaluation.statistics import compare
+from run_evaluation.tables import tables, task_table
 
 TEXT = ["By position in the document", "Drift by layer"]
 REST = ["Memory and speed", "Environment", "To reproduce"]
@@ -133,11 +134,11 @@ def test_a_tracked_run_gets_later_tables(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: name)
     document = json.loads((runs["deep"] / "evaluation.json").read_text())
-    track.add(TrackConfig(wandb="offline"), runs["deep"], "deep", document)
+    track.add(TrackConfig(wandb="offline"), runs["deep"], "deep", document, tables(document))
     assert not logged  # this run was not tracked
     folder = shutil.copytree(runs["deep"], tmp_path / "tracked")
     (folder / "wandb_id").write_text("abc")
-    track.add(TrackConfig(wandb="offline"), folder, "deep", document)
+    track.add(TrackConfig(wandb="offline"), folder, "deep", document, tables(document))
     assert (begun["id"], begun["resume"]) == ("abc", "allow") and logged.keys() >= {
         "tables/tasks",
         "tables/answers",

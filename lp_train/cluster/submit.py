@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 
 from lp_train.config import Config
 from lp_train.errors import UserError
-from lp_train.evaluation.runs import EVALUATIONS
+from lp_train.evaluation.report import EVALUATIONS
 from lp_train.models import write_folder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lp_train.config import Config
 from lp_train.data import Data
 from lp_train.evaluation.fidelity import Fidelity, Variant, measure
-from lp_train.evaluation.generation import Answers, answer, answer_all, prompts_of
-from lp_train.pairing import sequential
+from lp_train.evaluation.generation import answer
 
 
 @dataclass(frozen=True)
@@ -52,19 +51,6 @@ class Bench:
         size, where = self.config.evaluate.batch_size, (self.state.process_index, self.state.num_processes)
         domains = len(self.data.domains)
         return measure(model, self.data.eval, self.collate, size, variants, self.autocast, *where, domains)
-
-    def generate(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, variants: Mapping[str, Variant]
-    ) -> dict[str, Answers]:
-        """Greedy answers to the beginnings of held-out documents, of the original (``sequential``) and each variant;
-        empty without ``evaluate.generation_prompts`` or where all documents are too short."""
-        options, where = self.config.evaluate, (self.state.process_index, self.state.num_processes)
-        prompts = prompts_of(self.data.eval, options.generation_prompts)
-        if not len(prompts):
-            return {}
-        given = {"sequential": sequential, **variants}
-        how = (options.batch_size, self.autocast, *where)
-        return answer_all(model, tokenizer, prompts, options.generation_tokens, given, *how)
 
     def answers(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, variants: Mapping[str, Variant]

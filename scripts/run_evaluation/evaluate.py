@@ -25,15 +25,14 @@ from lp_train import models
 from lp_train.config import Config
 from lp_train.data import RowCollator, build_data
 from lp_train.errors import UserError
-from lp_train.evaluation import generation
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, Variant, as_it_is
-from lp_train.evaluation.generation import Answers
-from lp_train.evaluation.statistics import Comparison, compare, mean_of
 from lp_train.evaluation.tasks import Items, Suite, is_perplexity, load_suite
 from lp_train.pairing import PairPlan, keep_originals, pair_layers, sequential, unpair_layers
 from lp_train.pairing.families import decoder_of
+from run_evaluation.answers import Answers, answer_held_out, describe
+from run_evaluation.statistics import Comparison, compare, mean_of
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _measure(session: Session, model: nn.Module, name: str, known: Results) -> R
     this: dict[str, Variant] = {name: as_it_is}
     variants = this if known else {"sequential": sequential, **this}
     bench, options = session.bench, session.config.evaluate
-    fidelity, answers = bench.measure(model, this), bench.generate(model, session.tokenizer, this)
+    fidelity, answers = bench.measure(model, this), answer_held_out(bench, model, session.tokenizer, this)
     items: dict[str, dict[str, Items]] = {}
     if session.suite.tasks:
         where = (bench.dtype, bench.state, options.task_batch_size)
@@ -180,7 +179,7 @@ def _document(session: Session, name: str, plan: PairPlan, algebra: str, runs: S
         **reports.fidelity_sections(fidelity, plan, session.bench.data.domains),
         "environment": reports.environment(session.bench.state.device),
         "task_timing": dict(session.timing),
-        **({"generation": generation.describe(answers, options.generation_tokens)} if answers[0] else {}),
+        **({"generation": describe(answers, options.generation_tokens)} if answers[0] else {}),
         **task_sections(session.suite, runs),
         "items": list(_item_lines(session.suite, first)) if len(runs) == 1 else [],
     }
