@@ -82,14 +82,6 @@ def start(
     return True
 
 
-def add(
-    config: TrackConfig, folder: Path, run_name: str, document: Mapping[str, Any], tables: Mapping[str, Table]
-) -> None:
-    """Adds what was measured after a run to its W&B run; nothing where the run was not tracked."""
-    if (folder / "wandb_id").exists() and start(config, folder, run_name, {}):
-        finish(document, tables, folder)
-
-
 def finish(document: Mapping[str, Any], tables: Mapping[str, Table], folder: Path) -> None:
     """Puts the figures of a report or an evaluation, its tables and the plots of the run folder into W&B's run, and
     closes it. Does nothing without a run."""

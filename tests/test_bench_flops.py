@@ -21,7 +21,6 @@ from lp_train.bench.shapes import checkpoint_every, suffix_blocks
 from lp_train.config import Config
 from lp_train.distill.losses import Head, head_loss
 from lp_train.distill.replay import run_original, run_suffix
-from lp_train.distill.trainer import no_base_dropout
 from lp_train.pairing import PairPlan, adapters_off, keep_originals, pair_layers
 from lp_train.pairing.families import decoder_of
 
@@ -68,7 +67,6 @@ def build(name: str, config: Config) -> nn.Module:
     if config.tune == "full":
         keep_originals(model)
     model = attach(model, plan, config).train()
-    no_base_dropout(model)
     if config.train["gradient_checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for block, checkpointed in suffix_blocks(plan, checkpoint_every(config)):

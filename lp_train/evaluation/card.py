@@ -25,7 +25,7 @@ def write_card(
     """README.md of the run's folder ``adapter/`` (``tune: lora``) or ``model/`` (``tune: full``). From an evaluation
     come ``tables`` in place of the report's own and further ``results``."""
     weights = folder / ("adapter" if report["tune"] == "lora" else "model")
-    write(weights / "README.md", model_card(report, base, tables or [fidelity_table([report])], results))
+    write(weights / "README.md", model_card(report, base, tables or [fidelity_table(report)], results))
 
 
 def model_card(report: Mapping[str, Any], base: str, tables: Sequence[Table], results: Sequence[EvalResult]) -> str:

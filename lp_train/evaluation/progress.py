@@ -29,7 +29,6 @@ class Progress:
     ``tasks_at_start`` where ``watch`` measures tasks. All processes take part in every measurement."""
 
     bench: Bench
-    tokenizer: PreTrainedTokenizerBase
     watch: Watch | None
     say: Callable[[str], None]
     figures: dict[str, Fidelity] = field(default_factory=dict)
@@ -43,7 +42,7 @@ class Progress:
         original, paired = self.figures["sequential"], self.figures["paired"]
         self.say(f"held-out nll: original {original.nll:.4f}, paired {paired.nll:.4f} (kl {paired.kl:.4f})")
         untuned = {"sequential": sequential, "paired": adapters_off}
-        self.answers = self.bench.answers(model, self.tokenizer, untuned)
+        self.answers = self.bench.answers(model, untuned)
         if self.watch:
             start = self.tasks_at_start = self.watch(model, untuned)
             for name, value in start["sequential"].items():
@@ -62,7 +61,7 @@ class Progress:
         """The result, which is the model of ``step``."""
         known = self.by_step.get(step)
         self.figures["recovered"] = known or self.bench.measure(model, {"recovered": as_it_is})["recovered"]
-        self.answers |= self.bench.answers(model, self.tokenizer, {"recovered": as_it_is})
+        self.answers |= self.bench.answers(model, {"recovered": as_it_is})
 
 
 def watched_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Watch | None:

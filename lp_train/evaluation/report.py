@@ -135,7 +135,7 @@ def write_document(
     sections that only an evaluation has."""
     figure, trained = functools.partial(plots.plot, folder), "train" in document
     picture = f"```text\n{draw(document['plan'])}\n```"
-    sections: Sections = {"": [fidelity_table([document]), _fidelity_note(document), picture]}
+    sections: Sections = {"": [fidelity_table(document), _fidelity_note(document), picture]}
     if trained or document.get("heal"):
         sections[""].insert(0, sentence(document))
     if history:

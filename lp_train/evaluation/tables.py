@@ -3,51 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from lp_train.evaluation.page import Table, literal
 from lp_train.evaluation.plots import NAMES
 
 STEPS_PER_LINE = 18  # of the drawn plan: 72 columns
 MODELS = {**NAMES, "control": "control (not paired)"}
+FIDELITY = ("model", "depth", "NLL", "perplexity", "KL", "top-1\nagreement", "NLL\nwon back", "KL\nwon back")
 
 
 def table(report: Mapping[str, Any]) -> str:
     """The held-out figures as Markdown."""
-    return str(fidelity_table([report]))
+    return str(fidelity_table(report))
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, Table]:
     """The tables of figures that a report or an evaluation has something for."""
-    found = {"fidelity": fidelity_table([document])}
+    found = {"fidelity": fidelity_table(document)}
     if (domains := (document.get("fidelity_by_domain") or {}).get("domains")) and len(domains) > 1:
         found["domains"] = domain_table(domains)
     return found
-
-
-class Column(NamedTuple):
-    title: str
-    document: Mapping[str, Any]
-    model: str
-
-
-def columns_of(documents: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """The models of each document, by the run's name where there are several; an original that all share once."""
-    columns: list[Column] = []
-    for document in documents:
-        for model in MODELS:
-            shared = model == "sequential" and columns and same_original(document, columns[0].document)
-            if model in fidelity(document) and not shared:
-                alone = len(documents) == 1 or (model == "sequential" and not columns)
-                title = MODELS[model] if alone else f"{MODELS[model]}\n{literal(document['name'])}"
-                columns.append(Column(title, document, model))
-    return columns
-
-
-def same_original(document: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs start from the same model, measured on the same text."""
-    nll = [fidelity(d)["sequential"]["nll"] for d in (document, other)]
-    return abs(nll[0] - nll[1]) < 1e-3
 
 
 def fidelity(document: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -55,17 +31,18 @@ def fidelity(document: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**document, **document.get("fidelity", {})}
 
 
-def fidelity_table(documents: Sequence[Mapping[str, Any]]) -> Table:
-    """The original and what pairs made of it: of one report, or of several runs."""
-    rows = []
-    for title, document, model in columns_of(documents):
-        f, won = fidelity(document)[model], document.get("recovery") if model == "recovered" else None
-        depth = document["effective_depth"] if model in ("paired", "recovered") else document["plan"]["num_layers"]
-        figures = (f"{f['nll']:.4f}", f"{f['ppl']:.2f}", f"{f['kl']:.4f}", f"{f['top1_agreement']:.1%}")
-        back = ["" if won is None else "unclear" if won[k] is None else f"{won[k]:.0%}" for k in ("nll", "kl")]
-        rows.append((title, str(depth), *figures, *back))
-    head = ("model", "depth", "NLL", "perplexity", "KL", "top-1\nagreement", "NLL\nwon back", "KL\nwon back")
-    return Table(head, rows)
+def fidelity_table(document: Mapping[str, Any]) -> Table:
+    """The original and what pairs made of it."""
+    models = [model for model in MODELS if model in fidelity(document)]
+    return Table(FIDELITY, [fidelity_row(MODELS[model], document, model) for model in models])
+
+
+def fidelity_row(title: str, document: Mapping[str, Any], model: str) -> tuple[str, ...]:
+    f, won = fidelity(document)[model], document.get("recovery") if model == "recovered" else None
+    depth = document["effective_depth"] if model in ("paired", "recovered") else document["plan"]["num_layers"]
+    figures = (f"{f['nll']:.4f}", f"{f['ppl']:.2f}", f"{f['kl']:.4f}", f"{f['top1_agreement']:.1%}")
+    back = ["" if won is None else "unclear" if won[k] is None else f"{won[k]:.0%}" for k in ("nll", "kl")]
+    return (title, str(depth), *figures, *back)
 
 
 def checkpoint_table(by_step: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lp_train.data.rows import IGNORED, RowCollator
-from lp_train.evaluation.bench import Bench
+from lp_train.evaluation.bench import Bench, generate
 from lp_train.evaluation.fidelity import Fidelity, Variant, measure, shared_out, standard_error
-from lp_train.evaluation.generation import generate
 from lp_train.pairing import sequential
 
 PROMPT_TOKENS = 64
@@ -99,9 +98,7 @@ def answer_all(
     return {name: Answers(tokens[name], along[name]) for name in variants}
 
 
-def answer_held_out(
-    bench: Bench, model: nn.Module, tokenizer: PreTrainedTokenizerBase, variants: Mapping[str, Variant]
-) -> dict[str, Answers]:
+def answer_held_out(bench: Bench, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, Answers]:
     """Greedy answers to the beginnings of held-out documents, of the original (``sequential``) and each variant; empty
     without ``evaluate.generation_prompts`` or where all documents are too short."""
     options, where = bench.config.evaluate, (bench.state.process_index, bench.state.num_processes)
@@ -110,7 +107,7 @@ def answer_held_out(
         return {}
     given = {"sequential": sequential, **variants}
     how = (options.batch_size, bench.autocast, *where)
-    return answer_all(model, tokenizer, prompts, options.generation_tokens, given, *how)
+    return answer_all(model, bench.tokenizer, prompts, options.generation_tokens, given, *how)
 
 
 def _agreed(original: list[int], other: list[int]) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 from lp_train.evaluation import page
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.plots import plot
-from lp_train.evaluation.tables import fidelity, fidelity_table
+from lp_train.evaluation.tables import fidelity
 from run_evaluation import plots
 from run_evaluation.pages import document_of
-from run_evaluation.tables import task_note, task_table
+from run_evaluation.tables import compared_fidelity, task_note, task_table
 
 
 def compare_runs(folders: Sequence[Path], out: Path) -> str:
@@ -24,7 +24,7 @@ def compare_runs(folders: Sequence[Path], out: Path) -> str:
         label = f"{groups[0]}, %"
     rows = _over_depth(documents, groups[0] if groups else None)
     drawn = plot(out, "depth", f"{label} over effective depth", lambda: plots.by_depth(rows, label))
-    tables = [fidelity_table(documents)]
+    tables = [compared_fidelity(documents)]
     note = "Bars: 95 % interval of the difference to the original." if groups else ""
     sections: reports.Sections = {"": [*tables], "Over effective depth": [drawn, note]}
     if (tasks := documents[0].get("tasks")) and len(_common(documents, "tasks")) == len(tasks):

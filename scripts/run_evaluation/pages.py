@@ -11,7 +11,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from lp_train.config import load_config
+from lp_train import track
+from lp_train.config import TrackConfig, load_config
 from lp_train.errors import UserError
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.card import result, write_card
@@ -53,6 +54,12 @@ def refresh(folder: Path) -> None:
     shown = tables({**report, **evaluation})
     of_card = [shown[name] for name in ("fidelity", "tasks") if name in shown]
     write_card(folder, report, config.model.name_or_path, of_card, _results(evaluation))
+
+
+def add_to_wandb(config: TrackConfig, folder: Path, run_name: str, document: Mapping[str, Any]) -> None:
+    """Adds what was measured after a run to its W&B run; nothing where the run was not tracked."""
+    if (folder / "wandb_id").exists() and track.start(config, folder, run_name, {}):
+        track.finish(document, tables(document), folder)
 
 
 def document_of(folder: Path) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from lp_train.evaluation.page import Table
-from lp_train.evaluation.tables import MODELS, columns_of, short
+from lp_train.evaluation.page import Table, literal
+from lp_train.evaluation.tables import FIDELITY, MODELS, fidelity, fidelity_row, short
 from lp_train.evaluation.tables import tables as fidelity_tables
 
 
@@ -19,6 +19,36 @@ def tables(document: Mapping[str, Any]) -> dict[str, Table]:
     if document.get("generation"):
         found["answers"] = generation_table(document["generation"])
     return found
+
+
+class Column(NamedTuple):
+    title: str
+    document: Mapping[str, Any]
+    model: str
+
+
+def columns_of(documents: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The models of each document, by the run's name where there are several; an original that all share once."""
+    columns: list[Column] = []
+    for document in documents:
+        for model in MODELS:
+            shared = model == "sequential" and columns and same_original(document, columns[0].document)
+            if model in fidelity(document) and not shared:
+                alone = len(documents) == 1 or (model == "sequential" and not columns)
+                title = MODELS[model] if alone else f"{MODELS[model]}\n{literal(document['name'])}"
+                columns.append(Column(title, document, model))
+    return columns
+
+
+def same_original(document: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs start from the same model, measured on the same text."""
+    nll = [fidelity(d)["sequential"]["nll"] for d in (document, other)]
+    return abs(nll[0] - nll[1]) < 1e-3
+
+
+def compared_fidelity(documents: Sequence[Mapping[str, Any]]) -> Table:
+    """The original and what several runs made of it."""
+    return Table(FIDELITY, [fidelity_row(*column) for column in columns_of(documents)])
 
 
 def task_table(documents: Sequence[Mapping[str, Any]]) -> Table:
