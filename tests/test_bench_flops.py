@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_masks_for_generate
 
+from lp_train import models
 from lp_train.adapters import attach
 from lp_train.bench import flops
 from lp_train.bench.flops import StepFlops, mean_context, peak_flops, step_flops
@@ -59,6 +60,7 @@ def build(name: str, config: Config) -> nn.Module:
     case = CASES[name]
     hf_config = case.config(**{**COMMON, **case.options})
     hf_config._experts_implementation = "eager"
+    models._remove_dropout(hf_config)
     model, plan = (
         AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager"),
         PairPlan.parse(config.plan.pairs, 6).control(config.plan.kind, config.plan.remove),
