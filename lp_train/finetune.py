@@ -21,8 +21,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import argparse
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from lp_train import models, track
 from lp_train.adapters import attach, count_parameters, start_from_activations
 from lp_train.bench.flops import forward_costs, peak_flops, step_flops
 from lp_train.cluster import engine, preemption
-from lp_train.cluster.launch import leave, quieten_libraries, start
+from lp_train.cluster.launch import leave, quieten_libraries, say, start
 from lp_train.cluster.preemption import EXIT_PREEMPTED, Preempted
 from lp_train.cluster.shard import shard, whole_state
 from lp_train.cluster.submit import SubmitEvaluation, check_submit
@@ -51,6 +50,7 @@ from lp_train.distill.trainer import PairedTrainer, peak_memory_gib
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError, exit_code
 from lp_train.evaluation import report as reports
+from lp_train.evaluation import tables
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.card import write_card
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
@@ -112,8 +112,6 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
 
 def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialState, resume: bool) -> dict[str, Any]:
     """The recipe, from a configuration to a report."""
-    say = functools.partial(print, flush=True) if state.is_main_process else lambda *_: None
-
     # what a user can get wrong is looked at before weights are loaded
     say(f"{config.name}: {config.model.name_or_path}, {plan or config.plan.pairs}")
     adapter = start_folder(config)
@@ -128,16 +126,16 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     with state.main_process_first():
         data = data_of(config, tokenizer, tokens if tokens > 0 else None, calibration_tokens=calibration)
     say(f"data: {data.stats}")
-    config, plan = choose_plan(config, plan, data.calibration, tokenizer, state, say)
+    config, plan, base = choose_plan(config, plan, data.calibration, tokenizer, state)
     watch = watched_tasks(config, tokenizer, dtype)
 
     # the model in pairs, with something to train in them
     bench = Bench(config, data, tokenizer, state)
     extra = unquantised_original(plan, bench) if config.model.quantization else {}
     set_seed(args.seed)
-    model = build_model(config, plan, state.device)
-    checkpoint = checkpoint_to_resume(folder, model, state, resume, say)
-    extra |= start_adapters(model, bench, adapter, args.per_device_train_batch_size, say, fitted=checkpoint is not None)
+    model = build_model(config, plan, state.device, base)
+    checkpoint = checkpoint_to_resume(folder, model, state, resume)
+    extra |= start_adapters(model, bench, adapter, args.per_device_train_batch_size, fitted=checkpoint is not None)
     trainable, everything = count_parameters(model)
     say(f"trains {trainable:,} of {everything:,} parameters")
 
@@ -147,14 +145,14 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     open_run_folder(folder, config, state, resume)
     if state.is_main_process:
         record = {"config": dataclasses.asdict(config), "environment": reports.environment(state.device)}
-        track.start(config.track, folder, config.name, record, say)
+        track.start(config.track, folder, config.name, record)
 
     # what pairing costs, training, what came back
-    progress = Progress(bench, watch, say)
+    progress = Progress(bench, watch)
     progress.before(model)
     trainer = make_trainer(model, args, bench)
     if config.evaluate.submit:
-        trainer.add_callback(SubmitEvaluation(say))
+        trainer.add_callback(SubmitEvaluation())
     trainer.measure = lambda: progress.during(model, trainer.state.global_step, trainer.state.max_steps)
     if state.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -171,10 +169,10 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
         report["control"] = train_control(plan, args, bench, resume).as_dict()
     if state.is_main_process:
         write_report(config, folder, report, trainer)
-        track.finish(report, reports.tables(report), folder)
-    say(f"\n{reports.table(report)}\n\n{reports.sentence(report)}\n")
+        track.finish(report, tables.tables(report), folder)
+    say(f"\n{tables.table(report)}\n\n{tables.sentence(report)}\n")
     if progress.answers:
-        say(reports.answers(progress.answers) + "\n")
+        say(tables.answers(progress.answers) + "\n")
     say(f"report {folder}/report.md and report.html, plots {folder}/plots/, weights {result_folder(config, folder)}/")
     return report
 
@@ -221,9 +219,7 @@ def start_folder(config: Config) -> Path | None:
     return None if start in (None, HEAL) else models.adapter_folder(start)
 
 
-def start_adapters(
-    model: nn.Module, bench: Bench, start: Path | None, rows: int, say: Callable[..., Any], fitted: bool
-) -> dict[str, Any]:
+def start_adapters(model: nn.Module, bench: Bench, start: Path | None, rows: int, fitted: bool) -> dict[str, Any]:
     """Before training: the adapter in ``start``, or what the model's activations say (``init_lora_weights: eva``,
     ``start_from: heal``; not again where a checkpoint follows, ``fitted``). Returns what the report holds of it."""
     lora, where = bench.config.lora, model.device
@@ -241,12 +237,13 @@ def start_adapters(
     return {"healed_start": healed}
 
 
-def build_model(config: Config, plan: PairPlan, device: torch.device) -> nn.Module:
-    """The base in pairs, with adapters or unfrozen layers, and the record of plan and base in its config."""
+def build_model(config: Config, plan: PairPlan, device: torch.device, base: nn.Module | None = None) -> nn.Module:
+    """The base, which is loaded if it is not given, in pairs, with adapters or unfrozen layers, and the record of plan
+    and base in its config."""
     engine.load_whole()
     keeps_copies = config.tune == "full" or plan.kind == "merge"  # of layers, which stay whole where they are made
     on_cpu = engine.asked() == "FSDP2" and not keeps_copies  # a GPU need not hold all of it
-    base = models.load_base(config.model, torch.device("cpu") if on_cpu else device)
+    base = base or models.load_base(config.model, torch.device("cpu") if on_cpu else device)
     model = pair_layers(base, plan, config.plan.algebra)
     if config.tune == "full":
         keep_originals(model)
@@ -288,8 +285,7 @@ def make_trainer(model: nn.Module, args: SFTConfig, bench: Bench) -> PairedTrain
 
 def train_control(plan: PairPlan, args: SFTConfig, bench: Bench, resume: bool) -> Fidelity:
     """The same training without pairs. Cross-entropy alone also moves the original, which recovery must not count."""
-    if bench.state.is_main_process:
-        print("control: the same adapters and data, layers in order", flush=True)
+    say("control: the same adapters and data, layers in order")
     alone: dict[str, Any] = {
         "report_to": "none",
         "eval_strategy": "no",

@@ -6,11 +6,12 @@ import importlib.util
 import netrc
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from lp_train.cluster.launch import say
 from lp_train.config import TrackConfig
 from lp_train.errors import UserError
 from lp_train.evaluation.page import Table
@@ -51,9 +52,7 @@ def choose_mode(config: TrackConfig) -> tuple[str, str]:
     return ("online", f"{_host()} answers") if _reachable() else ("offline", f"{_host()} cannot be reached")
 
 
-def start(
-    config: TrackConfig, folder: Path, run_name: str, record: Mapping[str, Any], say: Callable[[str], None] = print
-) -> bool:
+def start(config: TrackConfig, folder: Path, run_name: str, record: Mapping[str, Any]) -> bool:
     """Starts W&B's run of this folder, or goes on with it; the Trainer's callback finds it. ``record`` becomes its
     configuration. What W&B refuses is told in a line, and the run is kept in the folder. Returns whether there is one.
     """

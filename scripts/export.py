@@ -38,7 +38,7 @@ from lp_train.config import load_config
 from lp_train.data import RowCollator, build_data
 from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation.fidelity import as_it_is, measure
-from lp_train.evaluation.report import sentence, table
+from lp_train.evaluation.tables import sentence, table
 from lp_train.pairing import in_order, unpair_layers
 from lp_train.pairing.fuse import blocks, config_of, listed, tensors
 from lp_train.run_folder import CONFIG

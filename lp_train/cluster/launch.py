@@ -26,6 +26,12 @@ def quieten_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def say(text: str) -> None:
+    """Prints a line, on the first process only."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
 def start() -> PartialState:
     """Joins the processes of the launcher, each with its device, all its cores and the memory that it frees."""
     require_deepspeed()

@@ -25,6 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
+from lp_train.adapters import autocast
 from lp_train.cluster import checkpoint
 from lp_train.cluster import engine as engines
 from lp_train.cluster.checkpoint import SAVING, is_disk_error
@@ -164,8 +165,7 @@ class PairedTrainer(SFTTrainer):
         """accelerate's; under DeepSpeed, which has none but its own way to cast the adapters, that of the base."""
         if not self.is_deepspeed_enabled:
             return self.accelerator.autocast()
-        half = self.dtype != torch.float32
-        return torch.autocast(self.args.device.type, self.dtype if half else None, half)
+        return autocast(self.dtype, self.args.device)
 
     def _loss_sums(self, inputs: dict[str, Tensor]) -> LossSums:
         loss, model = self.loss, self.accelerator.unwrap_model(self.model)

@@ -3,7 +3,6 @@ answers beside it, because likelihood hides what happens in generation."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lp_train import models
+from lp_train.adapters import autocast
 from lp_train.cluster.shard import in_parts, inside
 from lp_train.config import Config
 from lp_train.data import Data, RowCollator
@@ -40,10 +40,9 @@ class Bench:
     def dtype(self) -> torch.dtype:
         return models.resolve_dtype(self.config.model.dtype, self.state.device)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """As in training: float32 adapters beside half-precision weights compute in half precision."""
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.state.device.type, dtype=self.dtype if enabled else None, enabled=enabled)
+    def autocast(self) -> torch.autocast:
+        """As in training."""
+        return autocast(self.dtype, self.state.device)
 
     def training_batches(self, rows: int, count: int, where: torch.device | None = None) -> Iterator[dict[str, Tensor]]:
         """Batches of some training rows, without labels, on the run's device or ``where``; every process has the same.

@@ -17,20 +17,9 @@ from typing import Any
 import accelerate
 import torch
 
-from lp_train.evaluation import page, plots
+from lp_train.evaluation import page, plots, tables
 from lp_train.evaluation.fidelity import Fidelity, by_domain, by_position, standard_error
 from lp_train.evaluation.page import Table, literal
-from lp_train.evaluation.tables import (  # noqa: F401  (the recipe says `table` and `answers`)
-    MODELS,
-    answers,
-    checkpoint_table,
-    domain_table,
-    draw,
-    fidelity_table,
-    sentence,
-    table,
-    tables,
-)
 from lp_train.pairing import PairPlan
 
 EVALUATIONS = "evaluations"  # in a run folder: step-N/ for each checkpoint that a job of its own measures
@@ -134,10 +123,10 @@ def write_document(
     """The page of a report, an evaluation or both together; what is not measured has no section. ``evaluated``: the
     sections that only an evaluation has."""
     figure, trained = functools.partial(plots.plot, folder), "train" in document
-    picture = f"```text\n{draw(document['plan'])}\n```"
-    sections: Sections = {"": [fidelity_table(document), _fidelity_note(document), picture]}
+    picture = f"```text\n{tables.draw(document['plan'])}\n```"
+    sections: Sections = {"": [tables.fidelity_table(document), _fidelity_note(document), picture]}
     if trained or document.get("heal"):
-        sections[""].insert(0, sentence(document))
+        sections[""].insert(0, tables.sentence(document))
     if history:
         curve = figure("recovery", "recovery", lambda: plots.recovery(document, history, tokens_per_step))
         sections["Recovery over training"] = [curve]
@@ -145,7 +134,7 @@ def write_document(
         sections["Checkpoints"] = [by_step]
     sections |= (evaluated or {}) | _fidelity_sections(document, figure)
     if sample := document.get("sample"):
-        rows = [(MODELS[key], literal(text)) for key, text in sample.items() if key in MODELS]
+        rows = [(tables.MODELS[key], literal(text)) for key, text in sample.items() if key in tables.MODELS]
         answers = Table(("model", "answer"), rows, numbers=2)
         sections["One prompt, answered by each model"] = [f"Prompt: {literal(sample['prompt'])}", answers]
     if trained:
@@ -177,14 +166,14 @@ def write(path: Path, content: str | bytes) -> None:
 def checkpoints(folder: Path) -> Table | None:
     """What jobs of their own have measured of a run's checkpoints so far, a row each."""
     files = sorted(folder.glob(f"{EVALUATIONS}/step-*/evaluation.json"), key=lambda p: int(p.parent.name[5:]))
-    return checkpoint_table({p.parent.name[5:]: json.loads(p.read_text()) for p in files}) if files else None
+    return tables.checkpoint_table({p.parent.name[5:]: json.loads(p.read_text()) for p in files}) if files else None
 
 
 def _fidelity_sections(document: Mapping[str, Any], figure: Callable[..., str]) -> Sections:
     sections: Sections = {}
     domains = (document.get("fidelity_by_domain") or {}).get("domains") or []
     if len(domains) > 1:
-        sections["By domain"] = [domain_table(domains)]
+        sections["By domain"] = [tables.domain_table(domains)]
     if by := document.get("fidelity_by_position"):
         curve = figure("position", "fidelity by position", lambda: plots.positions(by["buckets"]))
         sections["By position in the document"] = [curve]
