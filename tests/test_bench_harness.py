@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+import torch
 from eval_files import write_eval_files
 from transformers import PreTrainedTokenizerFast
+
+from benchmarks import quantization
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
 
@@ -45,3 +48,27 @@ def test_only_tasks_need_lm_eval(command: list[str]) -> None:
     given = [sys.executable, "-c", without, *command[2:], "evaluate.tasks=[piqa_local]"]
     refused = subprocess.run(given, capture_output=True, text=True, cwd=SCRIPT.parent)
     assert refused.returncode == 2 and "harness: needs the package lm-eval; run" in refused.stderr
+
+
+def test_a_second_rounding_error_is_as_large_as_the_first() -> None:
+    true = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    blocks = true.unflatten(1, (-1, 32))
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    level = (high - low) / 15
+    rounded = (low + ((blocks - low) / level).round() * level).flatten(1)
+    second = quantization.rounding_error(rounded, torch.Generator().manual_seed(1))
+    assert (second.unflatten(1, (-1, 32)).abs() <= level / 2 + 1e-6).all()
+    inner = ((rounded - true) != 0) & ((rounded - true).abs() > 1e-6)  # a block's ends are levels, so they are exact
+    assert math.isclose(second.std().item(), (rounded - true)[inner].std().item(), rel_tol=0.05)
+    assert not torch.equal(second, quantization.rounding_error(rounded, torch.Generator().manual_seed(2)))
+
+
+def test_tasks_under_a_second_rounding_error(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    config, data = command[3:]
+    assert quantization.main([config, "--seeds", "2", data, "evaluate.tasks=[piqa_local]"]) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads(printed.splitlines()[-1])["figures"]
+    assert [line["seed"] for line in figures] == [None, 0, 1]
+    difference = sum(line["piqa_local"] for line in figures[1:]) / 2 - figures[0]["piqa_local"]
+    assert f"| {difference:+.4f} |" in printed
+    assert quantization.main([config, data]) == 2

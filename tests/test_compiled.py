@@ -19,6 +19,7 @@ from lp_train.data import RowCollator
 from lp_train.distill import compiled, packed_attention, trainer
 from lp_train.distill.compiled import Engine, attention, choose_engine, compiled_block
 from lp_train.distill.replay import RunBlock, run_block, run_original, run_suffix
+from lp_train.errors import UserError
 
 __all__ = ["configure"]
 
@@ -128,6 +129,15 @@ def test_auto_compiles_on_a_gpu_only(configure: Configure) -> None:
     assert parts("llama", GPU, "train.torch_compile=false", "train.cuda_graph=true") == (False, False, True)
     assert parts("llama", GPU, "train.cuda_graph=false") == (True, True, False)
     assert parts("llama", GPU, "train.gradient_checkpointing=true") == (True, True, False)
+
+
+def test_several_processes_have_no_graph(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hooks of DDP are on another stream: the capture breaks and its memory stays taken (four H100)."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    found = engine(configure, "llama", GPU)
+    assert (found.compile_blocks, found.cuda_graph) == (True, False)
+    with pytest.raises(UserError, match="train.cuda_graph true: DDP talks to other processes.*set it false"):
+        engine(configure, "llama", GPU, "train.cuda_graph=true")
 
 
 def test_a_gpu_without_triton_is_told_what_it_costs(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:

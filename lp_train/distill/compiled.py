@@ -38,17 +38,18 @@ def choose_engine(
     """What ``train.torch_compile``, ``train.cuda_graph`` and ``model.attn_implementation`` mean on this device.
 
     auto compiles on a GPU, but no blocks with a mixture of experts, whose shapes are others in every step. Compiled
-    training without checkpointing runs as CUDA graphs. ``triton``: whether the compiler is there; None looks.
+    training of one process without checkpointing runs as CUDA graphs. ``triton``: whether the compiler is there; None
+    looks.
     """
     setting, graph, on_gpu = config.train["torch_compile"], config.train["cuda_graph"], device.type == "cuda"
-    sharded = engine.asked() in engine.SHARDED
-    if sharded and graph is True:
+    alone, sharded = engine.asked() == "NO", engine.asked() in engine.SHARDED
+    if not alone and graph is True:  # DDP's hooks are on another stream, which breaks the capture
         raise UserError(f"train.cuda_graph true: {engine.asked()} talks to other processes within a step; set it false")
     compile = on_gpu and (_has_triton() if triton is None else triton) if setting == "auto" else setting
     leave = is_mixture(model) or engine.asked() == "ZeRO-3"  # whose hooks are on every module
     blocks = compile and not (setting == "auto" and leave)
     if graph == "auto":
-        graph = blocks and not config.train["gradient_checkpointing"] and not sharded
+        graph = blocks and not config.train["gradient_checkpointing"] and alone
     attention = None
     if config.model.attn_implementation == "auto" and (blocks == on_gpu or sharded):  # so they were tried
         packed = packed_attention.supports(model.config.get_text_config(), dtype, device)

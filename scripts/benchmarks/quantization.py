@@ -1,10 +1,11 @@
-"""What 4 bits cost a model that was dequantised from blocks of 32: its tasks, with one more rounding error of the same size.
+"""What 4 bits cost a model that was dequantised from blocks of 32: its tasks with a second rounding error of that size.
 
     PYTHONPATH=.:scripts python -m benchmarks.quantization configs/smollm2_135m.yaml --seeds 2 \\
         "evaluate.tasks=[seven]" evaluate.num_fewshot=0 evaluate.task_data=DIR
 
-A weight that was rounded to one of its block's 16 levels is off by up to half a level, evenly. For small errors the expected
-loss grows with their variance, so that an independent second error of the same size costs about what the first one did.
+A weight that was rounded to one of its block's 16 levels is off by up to half a level, evenly. For small errors the
+expected loss grows with their variance, so that an independent second error of the same size costs about what the
+first one did.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.table import markdown
 from lp_train import models
 from lp_train.cluster.launch import quieten_libraries
 from lp_train.config import load_config
-from lp_train.errors import exit_code
+from lp_train.errors import UserError, exit_code
 from lp_train.evaluation.fidelity import as_it_is
 from lp_train.evaluation.tasks import load_suite
 from lp_train.pairing.families import decoder_of
@@ -36,7 +37,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Each task's figure of the model as it is, and under each seed's error."""
     config = load_config(str(options.config), options.overrides)
     state = PartialState(cpu=models.device().type == "cpu")
-    suite, tokenizer = load_suite(config.evaluate), models.load_tokenizer(config.model)
+    if not (suite := load_suite(config.evaluate)).tasks:
+        raise UserError("evaluate.tasks []: nothing to run; name tasks or groups")
+    tokenizer = models.load_tokenizer(config.model)
     model = models.load_base(config.model, state.device)
     dtype = models.resolve_dtype(config.model.dtype, state.device)
     whole = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -45,7 +48,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         model.load_state_dict(whole, strict=False)
         if seed is not None:
             add_rounding_error(model, seed)
-        items = suite.run(model, tokenizer, {"model": as_it_is}, dtype, state, config.evaluate.task_batch_size)[0]["model"]
+        items = suite.run(model, tokenizer, {"model": as_it_is}, dtype, state, config.evaluate.task_batch_size)[0][
+            "model"
+        ]
         figures = {task: built.figures(items[task])[built.primary] for task, built in suite.tasks.items()}
         print(seed, figures, file=sys.stderr, flush=True)
         found["figures"].append({"seed": seed, **figures})
