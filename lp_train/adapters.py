@@ -111,6 +111,12 @@ def selects(wanted: str | list[str] | None, name: str) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
 
 
+def autocast(dtype: torch.dtype, where: torch.device) -> torch.autocast:
+    """Float32 adapters beside half-precision weights compute in half precision."""
+    half = dtype != torch.float32
+    return torch.autocast(where.type, dtype=dtype if half else None, enabled=half)
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters. 4-bit weights count as what they stand for."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

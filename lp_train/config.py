@@ -1,6 +1,6 @@
 """The configuration of one run: schema, YAML, command line, all errors at once.
 
-Three steps, each over the one before: defaults (the dataclasses here and ``OUR_TRAIN_DEFAULTS``), the YAML file, and
+Three steps, each over the one before: defaults (the dataclasses here and ``trainer_options.yaml``), the YAML file, and
 ``key.path=value`` arguments. ``train`` and ``lora`` take the fields of TRL's SFTConfig and PEFT's LoraConfig by their
 own names.
 """

@@ -22,7 +22,7 @@ from lp_train.bench.flops import step_flops
 from lp_train.bench.memory import memory_gib
 from lp_train.bench.shapes import build_on_meta
 from lp_train.config import Config, DataConfig, ModelConfig, Source
-from lp_train.data import Data, build_data
+from lp_train.data import Data, data_of
 from lp_train.data.rows import IGNORED
 from lp_train.distill.arguments import max_steps, split_of
 from lp_train.distill.compiled import choose_engine
@@ -145,15 +145,12 @@ def _reachable_tokenizer(model: ModelConfig) -> Tokenizer | None:
 def read_rows(config: Config, tokenizer: Tokenizer) -> tuple[Data, bool]:
     """(data, whether it had to be replaced): a few rows, or all when the number of steps depends on them."""
     length, few = config.train["max_length"], 2 * ROWS * config.train["max_length"]
-    options = {"kd_on": config.loss.kd_on, "seed": config.train["seed"]}
-    wanted: dict[str, Any] = {"max_length": length, "eval_tokens": length, **options}
     try:
-        tokens = few if "max_steps" in config.train else None
-        return build_data(config.data, tokenizer, train_tokens=tokens, **wanted), False
+        return data_of(config, tokenizer, few if "max_steps" in config.train else None, length), False
     except UserError as error:
         print(f"note: {error}\nnote: the rows below are of builtin:pydocs instead\n")
-        data = dataclasses.replace(BUILTIN, truncate=config.data.truncate)
-        return build_data(data, tokenizer, train_tokens=few, **wanted), True
+        builtin = dataclasses.replace(BUILTIN, truncate=config.data.truncate)
+        return data_of(dataclasses.replace(config, data=builtin), tokenizer, few, length), True
 
 
 def print_rows(data: Data, tokenizer: Tokenizer) -> None:

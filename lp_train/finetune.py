@@ -21,8 +21,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import argparse
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,19 +35,12 @@ from lp_train import models, track
 from lp_train.adapters import attach, count_parameters, start_from_activations
 from lp_train.bench.flops import forward_costs, peak_flops, step_flops
 from lp_train.cluster import engine, preemption
-from lp_train.cluster.launch import (
-    check_engine,
-    keep_freed_memory,
-    leave,
-    quieten_libraries,
-    require_deepspeed,
-    use_all_cores,
-)
+from lp_train.cluster.launch import leave, quieten_libraries, say, start
 from lp_train.cluster.preemption import EXIT_PREEMPTED, Preempted
 from lp_train.cluster.shard import shard, whole_state
 from lp_train.cluster.submit import SubmitEvaluation, check_submit
 from lp_train.config import Config, config_to_yaml, load_config
-from lp_train.data import Data, RowCollator, build_data
+from lp_train.data import data_of
 from lp_train.distill import fp8
 from lp_train.distill.arguments import training_arguments
 from lp_train.distill.callbacks import Console, MetricsFile
@@ -58,10 +50,11 @@ from lp_train.distill.trainer import PairedTrainer, peak_memory_gib
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError, exit_code
 from lp_train.evaluation import report as reports
+from lp_train.evaluation import tables
 from lp_train.evaluation.bench import Bench
+from lp_train.evaluation.card import write_card
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
 from lp_train.evaluation.progress import Progress, watched_tasks
-from lp_train.evaluation.runs import write_card
 from lp_train.pairing import AutoPairs, PairPlan, in_order, keep_originals, pair_layers
 from lp_train.pairing.families import check_family, decoder_of
 from lp_train.run_folder import check_run_folder, checkpoint_to_resume, locked, open_run_folder
@@ -94,11 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: Config, options: argparse.Namespace) -> None:
     if options.print_config:
         return print(config_to_yaml(config), end="")
-    require_deepspeed()
-    state = PartialState(cpu=models.device().type == "cpu")
-    check_engine(state)
-    use_all_cores(state)
-    keep_freed_memory(state)
+    state = start()
     if options.dry_run:
         return dry_run(config, state.num_processes) if state.is_main_process else None
     try:
@@ -123,30 +112,30 @@ def finetune(config: Config, state: PartialState, resume: bool = False, overwrit
 
 def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialState, resume: bool) -> dict[str, Any]:
     """The recipe, from a configuration to a report."""
-    say = functools.partial(print, flush=True) if state.is_main_process else lambda *_: None
-
     # what a user can get wrong is looked at before weights are loaded
     say(f"{config.name}: {config.model.name_or_path}, {plan or config.plan.pairs}")
-    start = start_folder(config)
+    adapter = start_folder(config)
     dtype = models.resolve_dtype(config.model.dtype, state.device)
     check_submit(config)
     report_to = track.report_to(config.track) if state.is_main_process else "none"
     args = training_arguments(config, folder, state, dtype, report_to)
     say(f"{state.num_processes} x {state.device.type} in {dtype}, {args.max_steps} steps".replace("torch.", ""))
     tokenizer = models.load_tokenizer(config.model)
+    tokens = args.max_steps * config.train["global_batch_tokens"]
+    calibration = default_tokens(state.device) if AutoPairs.parse(config.plan.pairs) else 0
     with state.main_process_first():
-        data = load_data(config, args, tokenizer)
+        data = data_of(config, tokenizer, tokens if tokens > 0 else None, calibration_tokens=calibration)
     say(f"data: {data.stats}")
-    config, plan = choose_plan(config, plan, data.calibration, tokenizer, state, say)
+    config, plan, base = choose_plan(config, plan, data.calibration, tokenizer, state)
     watch = watched_tasks(config, tokenizer, dtype)
 
     # the model in pairs, with something to train in them
-    bench = Bench(config, data, RowCollator(config.train["max_length"], tokenizer.pad_token_id), state, dtype)
+    bench = Bench(config, data, tokenizer, state)
     extra = unquantised_original(plan, bench) if config.model.quantization else {}
     set_seed(args.seed)
-    model = build_model(config, plan, state.device)
-    checkpoint = checkpoint_to_resume(folder, model, state, resume, say)
-    extra |= start_adapters(model, bench, start, args.per_device_train_batch_size, say, fitted=checkpoint is not None)
+    model = build_model(config, plan, state.device, base)
+    checkpoint = checkpoint_to_resume(folder, model, state, resume)
+    extra |= start_adapters(model, bench, adapter, args.per_device_train_batch_size, fitted=checkpoint is not None)
     trainable, everything = count_parameters(model)
     say(f"trains {trainable:,} of {everything:,} parameters")
 
@@ -156,14 +145,14 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     open_run_folder(folder, config, state, resume)
     if state.is_main_process:
         record = {"config": dataclasses.asdict(config), "environment": reports.environment(state.device)}
-        track.start(config.track, folder, config.name, record, say)
+        track.start(config.track, folder, config.name, record)
 
     # what pairing costs, training, what came back
-    progress = Progress(bench, tokenizer, watch, say)
+    progress = Progress(bench, watch)
     progress.before(model)
-    trainer = make_trainer(model, args, bench, tokenizer)
+    trainer = make_trainer(model, args, bench)
     if config.evaluate.submit:
-        trainer.add_callback(SubmitEvaluation(say))
+        trainer.add_callback(SubmitEvaluation())
     trainer.measure = lambda: progress.during(model, trainer.state.global_step, trainer.state.max_steps)
     if state.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -177,13 +166,13 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     if state.is_main_process:
         write_report(config, folder, report, trainer)
     if config.loss.ce > 0:
-        report["control"] = train_control(plan, args, bench, tokenizer, resume).as_dict()
+        report["control"] = train_control(plan, args, bench, resume).as_dict()
     if state.is_main_process:
         write_report(config, folder, report, trainer)
-        track.finish(report, folder)
-    say(f"\n{reports.table(report)}\n\n{reports.sentence(report)}\n")
+        track.finish(report, tables.tables(report), folder)
+    say(f"\n{tables.table(report)}\n\n{tables.sentence(report)}\n")
     if progress.answers:
-        say(reports.answers(progress.answers) + "\n")
+        say(tables.answers(progress.answers) + "\n")
     say(f"report {folder}/report.md and report.html, plots {folder}/plots/, weights {result_folder(config, folder)}/")
     return report
 
@@ -230,9 +219,7 @@ def start_folder(config: Config) -> Path | None:
     return None if start in (None, HEAL) else models.adapter_folder(start)
 
 
-def start_adapters(
-    model: nn.Module, bench: Bench, start: Path | None, rows: int, say: Callable[..., Any], fitted: bool
-) -> dict[str, Any]:
+def start_adapters(model: nn.Module, bench: Bench, start: Path | None, rows: int, fitted: bool) -> dict[str, Any]:
     """Before training: the adapter in ``start``, or what the model's activations say (``init_lora_weights: eva``,
     ``start_from: heal``; not again where a checkpoint follows, ``fitted``). Returns what the report holds of it."""
     lora, where = bench.config.lora, model.device
@@ -250,25 +237,13 @@ def start_adapters(
     return {"healed_start": healed}
 
 
-def load_data(config: Config, args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    return build_data(
-        config.data,
-        tokenizer,
-        max_length=config.train["max_length"],
-        train_tokens=args.max_steps * config.train["global_batch_tokens"] if args.max_steps > 0 else None,
-        eval_tokens=config.evaluate.tokens,
-        kd_on=config.loss.kd_on,
-        seed=args.seed,
-        calibration_tokens=default_tokens(models.device()) if AutoPairs.parse(config.plan.pairs) else 0,
-    )
-
-
-def build_model(config: Config, plan: PairPlan, device: torch.device) -> nn.Module:
-    """The base in pairs, with adapters or unfrozen layers, and the record of plan and base in its config."""
+def build_model(config: Config, plan: PairPlan, device: torch.device, base: nn.Module | None = None) -> nn.Module:
+    """The base, which is loaded if it is not given, in pairs, with adapters or unfrozen layers, and the record of plan
+    and base in its config."""
     engine.load_whole()
     keeps_copies = config.tune == "full" or plan.kind == "merge"  # of layers, which stay whole where they are made
     on_cpu = engine.asked() == "FSDP2" and not keeps_copies  # a GPU need not hold all of it
-    base = models.load_base(config.model, torch.device("cpu") if on_cpu else device)
+    base = base or models.load_base(config.model, torch.device("cpu") if on_cpu else device)
     model = pair_layers(base, plan, config.plan.algebra)
     if config.tune == "full":
         keep_originals(model)
@@ -280,7 +255,7 @@ def build_model(config: Config, plan: PairPlan, device: torch.device) -> nn.Modu
     return model
 
 
-def make_trainer(model: nn.Module, args: SFTConfig, bench: Bench, tokenizer: PreTrainedTokenizerBase) -> PairedTrainer:
+def make_trainer(model: nn.Module, args: SFTConfig, bench: Bench) -> PairedTrainer:
     """TRL's trainer with this loss. Its ``measure``, called at each evaluation, is set by whoever has evaluations."""
     config = bench.config
     document_lengths = bench.data.train.with_format("arrow")["seq_lengths"].combine_chunks()
@@ -291,7 +266,7 @@ def make_trainer(model: nn.Module, args: SFTConfig, bench: Bench, tokenizer: Pre
         train_dataset=bench.data.train,
         eval_dataset=bench.data.eval,
         collate=bench.collate,
-        tokenizer=tokenizer,
+        tokenizer=bench.tokenizer,
         measure=dict,
         callbacks=[MetricsFile(Path(str(args.output_dir)) / "metrics.jsonl")],
         tokens_per_step=config.train["global_batch_tokens"],
@@ -308,12 +283,9 @@ def make_trainer(model: nn.Module, args: SFTConfig, bench: Bench, tokenizer: Pre
     return trainer
 
 
-def train_control(
-    plan: PairPlan, args: SFTConfig, bench: Bench, tokenizer: PreTrainedTokenizerBase, resume: bool
-) -> Fidelity:
+def train_control(plan: PairPlan, args: SFTConfig, bench: Bench, resume: bool) -> Fidelity:
     """The same training without pairs. Cross-entropy alone also moves the original, which recovery must not count."""
-    if bench.state.is_main_process:
-        print("control: the same adapters and data, layers in order", flush=True)
+    say("control: the same adapters and data, layers in order")
     alone: dict[str, Any] = {
         "report_to": "none",
         "eval_strategy": "no",
@@ -325,7 +297,7 @@ def train_control(
     model = build_model(bench.config, plan, bench.state.device)
     with in_order(model):
         checkpoint = checkpoint_to_resume(Path(str(args.output_dir)), model, bench.state, resume)
-        trainer = make_trainer(shard(model), args, bench, tokenizer)
+        trainer = make_trainer(shard(model), args, bench)
         trainer.train(checkpoint)
         return bench.measure(model, {"control": as_it_is})["control"]
 
@@ -339,27 +311,19 @@ def unquantised_original(plan: PairPlan, bench: Bench) -> dict[str, Any]:
 
 def make_report(plan: PairPlan, figures: dict[str, Fidelity], trainer: PairedTrainer, bench: Bench) -> dict[str, Any]:
     """``report.json`` but for what only some runs have."""
-    config, data = bench.config, bench.data
-    tokens, seconds = trainer.state.global_step * config.train["global_batch_tokens"], trainer.seconds
-    return {
-        "name": config.name,
-        "tune": config.tune,
-        "plan": reports.plan_section(plan, config.plan.algebra),
-        "effective_depth": plan.effective_depth,
-        "result_step": trainer.result_step,
-        **{name: fidelity.as_dict() for name, fidelity in figures.items()},
-        **reports.fidelity_sections(figures, plan, data.domains),
-        "train": {
-            "tokens": tokens,
-            "trained_tokens": int(trainer.trained_tokens),
-            "dropped_tokens": data.stats.dropped_tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "peak_memory_gib": peak_memory_gib(),
-        },
-        "data": data.stats.as_dict(),
-        "environment": reports.environment(bench.state.device) | trainer.engine_seen,
+    report, seconds = bench.report(plan, figures), trainer.seconds
+    tokens = trainer.state.global_step * bench.config.train["global_batch_tokens"]
+    report["environment"] |= trainer.engine_seen
+    report["result_step"] = trainer.result_step
+    report["train"] = {
+        "tokens": tokens,
+        "trained_tokens": int(trainer.trained_tokens),
+        "dropped_tokens": bench.data.stats.dropped_tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_gib": peak_memory_gib(),
     }
+    return report
 
 
 def write_report(config: Config, folder: Path, report: dict[str, Any], trainer: PairedTrainer) -> None:

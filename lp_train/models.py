@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import torch
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import HFValidationError
 from peft import (
     PeftConfig,
@@ -118,8 +119,7 @@ def _dequantised(folder: Path) -> Path:
 
 def device() -> torch.device:
     """The accelerator of this process, or the CPU. ``ACCELERATE_USE_CPU`` keeps to the CPU, as for accelerate."""
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if use_cpu or not torch.cuda.is_available():
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import nn
 from lp_train import models
 from lp_train.cluster import engine
 from lp_train.cluster.checkpoint import SAVING, newest_whole
+from lp_train.cluster.launch import say
 from lp_train.config import Config, config_to_yaml
 from lp_train.distill.trainer import TOTALS
 from lp_train.errors import UserError
@@ -87,9 +88,7 @@ def locked(folder: Path, state: PartialState) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def checkpoint_to_resume(
-    folder: Path, model: nn.Module, state: PartialState, resume: bool, say: Callable[[str], None] = print
-) -> str | None:
+def checkpoint_to_resume(folder: Path, model: nn.Module, state: PartialState, resume: bool) -> str | None:
     """The newest whole checkpoint, of this base and plan, the same on all processes; None to start from the beginning.
 
     Those that are damaged or half written are left out, with a message.

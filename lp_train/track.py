@@ -6,14 +6,16 @@ import importlib.util
 import netrc
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from lp_train.cluster.launch import say
 from lp_train.config import TrackConfig
 from lp_train.errors import UserError
-from lp_train.evaluation.tables import fidelity, tables
+from lp_train.evaluation.page import Table
+from lp_train.evaluation.tables import fidelity
 
 HOST = "https://api.wandb.ai"
 STEP = "train/global_step"  # as the Trainer's callback names our step
@@ -50,9 +52,7 @@ def choose_mode(config: TrackConfig) -> tuple[str, str]:
     return ("online", f"{_host()} answers") if _reachable() else ("offline", f"{_host()} cannot be reached")
 
 
-def start(
-    config: TrackConfig, folder: Path, run_name: str, record: Mapping[str, Any], say: Callable[[str], None] = print
-) -> bool:
+def start(config: TrackConfig, folder: Path, run_name: str, record: Mapping[str, Any]) -> bool:
     """Starts W&B's run of this folder, or goes on with it; the Trainer's callback finds it. ``record`` becomes its
     configuration. What W&B refuses is told in a line, and the run is kept in the folder. Returns whether there is one.
     """
@@ -81,14 +81,8 @@ def start(
     return True
 
 
-def add(config: TrackConfig, folder: Path, run_name: str, document: Mapping[str, Any]) -> None:
-    """Adds what was measured after a run to its W&B run; nothing where the run was not tracked."""
-    if (folder / "wandb_id").exists() and start(config, folder, run_name, {}):
-        finish(document, folder)
-
-
-def finish(document: Mapping[str, Any], folder: Path) -> None:
-    """Puts the figures and tables of a report or an evaluation and the plots of the run folder into W&B's run, and
+def finish(document: Mapping[str, Any], tables: Mapping[str, Table], folder: Path) -> None:
+    """Puts the figures of a report or an evaluation, its tables and the plots of the run folder into W&B's run, and
     closes it. Does nothing without a run."""
     if importlib.util.find_spec("wandb") is None:
         return
@@ -101,7 +95,7 @@ def finish(document: Mapping[str, Any], folder: Path) -> None:
         for key, value in parts.get(name, {}).items():
             wandb.run.summary[f"{name}/{key}"] = value
     shown: dict[str, Any] = {}
-    for name, table in tables(document).items():
+    for name, table in tables.items():
         columns: list[str | int] = [column.replace("\n", ", ") for column in table.columns]
         shown[f"tables/{name}"] = wandb.Table(columns=columns, data=[list(row) for row in table.rows])
     shown |= {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))}

@@ -26,16 +26,14 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if importlib.util.find_spec("lm_eval") is None:
     sys.exit("error: evaluate_run.py needs the package lm-eval; run `pip install -e .[eval]`")
 
-from accelerate import PartialState
-
-from lp_train import models, track
-from lp_train.cluster.launch import check_engine, quieten_libraries, use_all_cores
+from lp_train.cluster.launch import leave, quieten_libraries, start
 from lp_train.config import load_config
 from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation.page import plain
-from lp_train.evaluation.run import evaluate, write
-from lp_train.evaluation.runs import EVALUATIONS, add_row, refresh
-from lp_train.evaluation.tables import fidelity_table, task_table
+from lp_train.evaluation.report import EVALUATIONS
+from run_evaluation.evaluate import evaluate, write
+from run_evaluation.pages import add_row, add_to_wandb, refresh
+from run_evaluation.tables import compared_fidelity, task_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,9 +54,7 @@ def run(options: argparse.Namespace) -> None:
     output = options.output or Path(config.train["output_dir"] + "-untuned")
     if options.pool and options.output is None:
         raise UserError("--pool: the mean of several runs needs a folder; add --output FOLDER")
-    state = PartialState(cpu=models.device().type == "cpu")
-    check_engine(state)
-    use_all_cores(state)
+    state = start()
     say = print if state.is_main_process else lambda *_: None
     documents = evaluate(config, folders, state, options.pool, say)
     if state.is_main_process:
@@ -68,12 +64,11 @@ def run(options: argparse.Namespace) -> None:
             refresh(folder)
             if folder.absolute().parent.name == EVALUATIONS:
                 add_row(folder.absolute().parents[1])
-            track.add(config.track, folder, config.name, document)
-        tables = [fidelity_table(documents)] + [task_table(documents)] * bool(documents[0]["tasks"])
-        print("\n" + "\n\n".join(map(plain, tables)) + "\n")
+            add_to_wandb(config.track, folder, config.name, document)
+        shown = [compared_fidelity(documents)] + [task_table(documents)] * bool(documents[0]["tasks"])
+        print("\n" + "\n\n".join(map(plain, shown)) + "\n")
         print("report " + ", ".join(f"{folder}/report.md and report.html" for folder in targets))
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    leave(state)
 
 
 if __name__ == "__main__":

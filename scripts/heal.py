@@ -23,23 +23,22 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from accelerate import PartialState
-from torch import nn
 from transformers import set_seed
 
 from lp_train import models
-from lp_train.cluster.launch import quieten_libraries, use_all_cores
+from lp_train.cluster.launch import quieten_libraries, start
 from lp_train.config import Config, load_config
-from lp_train.data import RowCollator, build_data
+from lp_train.data import data_of
 from lp_train.distill.healed import fit
 from lp_train.distill.trainer import peak_memory_gib
 from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation import report as reports
+from lp_train.evaluation import tables
 from lp_train.evaluation.bench import Bench
+from lp_train.evaluation.card import write_card
 from lp_train.evaluation.fidelity import as_it_is
-from lp_train.evaluation.runs import write_card
 from lp_train.finetune import build_model, check_model, save_result
-from lp_train.pairing import PairPlan, adapters_off
+from lp_train.pairing import adapters_off
 from lp_train.pairing.heal import check_healable
 from lp_train.run_folder import check_run_folder, open_run_folder
 
@@ -72,10 +71,9 @@ def read_config(options: argparse.Namespace) -> Config:
 
 def run(config: Config, tokens: int, overwrite: bool = False) -> dict[str, Any]:
     """Fits, measures and writes. Returns the report."""
-    state = PartialState(cpu=models.device().type == "cpu")
+    state = start()
     if state.num_processes > 1:
         raise UserError(f"{state.num_processes} processes: one makes the fit; run it without a launcher")
-    use_all_cores(state)
     length = config.train["max_length"]
     if tokens < length:
         raise UserError(f"--tokens {tokens}: less than one row of train.max_length {length}; give at least {length}")
@@ -83,12 +81,8 @@ def run(config: Config, tokens: int, overwrite: bool = False) -> dict[str, Any]:
     print(f"{config.name}: {config.model.name_or_path}, {plan}", flush=True)
     folder = check_run_folder(config, resume=False, overwrite=overwrite)
     tokenizer = models.load_tokenizer(config.model)
-    seed = config.train["seed"]
-    wanted: dict[str, Any] = {"max_length": length, "train_tokens": tokens, "eval_tokens": config.evaluate.tokens}
-    data = build_data(config.data, tokenizer, **wanted, kd_on=config.loss.kd_on, seed=seed)
-    dtype = models.resolve_dtype(config.model.dtype, state.device)
-    bench = Bench(config, data, RowCollator(length, tokenizer.pad_token_id), state, dtype)
-    set_seed(seed)
+    bench = Bench(config, data_of(config, tokenizer, tokens), tokenizer, state)
+    set_seed(config.train["seed"])
     model = build_model(config, plan, state.device)
     check_healable(model)
     open_run_folder(folder, config, state, resume=False)
@@ -99,31 +93,15 @@ def run(config: Config, tokens: int, overwrite: bool = False) -> dict[str, Any]:
     }
     print(f"fitted on {fitted['tokens']:,} tokens in {fitted['seconds']:.0f} s", flush=True)
 
-    report = make_report(plan, bench, model, fitted)
+    figures = bench.measure(model, {"paired": adapters_off, "recovered": as_it_is})
+    report = bench.report(plan, figures) | {"heal": {**fitted, "peak_memory_gib": peak_memory_gib()}}
     save_result(model, tokenizer, config, folder, bench.state)
     reports.write(folder / "report.json", reports.as_json(report))
     reports.write_document(folder, report)
     write_card(folder, report, config.model.name_or_path)
-    print(f"\n{reports.table(report)}\n\n{reports.sentence(report)}\n")
+    print(f"\n{tables.table(report)}\n\n{tables.sentence(report)}\n")
     print(f"report {folder}/report.md and report.html, weights {folder}/adapter/")
     return report
-
-
-def make_report(plan: PairPlan, bench: Bench, model: nn.Module, fitted: dict[str, Any]) -> dict[str, Any]:
-    """As ``report.json`` of a run, with ``heal`` for ``train``."""
-    figures = bench.measure(model, {"paired": adapters_off, "recovered": as_it_is})
-    config, data = bench.config, bench.data
-    return {
-        "name": config.name,
-        "tune": config.tune,
-        "plan": reports.plan_section(plan, config.plan.algebra),
-        "effective_depth": plan.effective_depth,
-        **{name: fidelity.as_dict() for name, fidelity in figures.items()},
-        **reports.fidelity_sections(figures, plan, data.domains),
-        "heal": {**fitted, "peak_memory_gib": peak_memory_gib()},
-        "data": data.stats.as_dict(),
-        "environment": reports.environment(bench.state.device),
-    }
 
 
 if __name__ == "__main__":

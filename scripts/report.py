@@ -18,7 +18,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from lp_train.errors import UserError, command_line, exit_code
-from lp_train.evaluation.runs import compare_runs, refresh
+from run_evaluation.compare import compare_runs
+from run_evaluation.pages import refresh
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,9 +31,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from accelerate import PartialState
 
 from lp_train import models
-from lp_train.cluster.launch import check_engine, keep_freed_memory, leave, quieten_libraries, use_all_cores
+from lp_train.cluster.launch import leave, quieten_libraries, start
 from lp_train.config import CALIBRATION_FRACTION, Config, load_config
-from lp_train.data import build_data
+from lp_train.data import data_of
 from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation.page import Table, plain
 from lp_train.finetune import check_base
@@ -75,10 +75,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--tokens {options.tokens}: must be at least 2, for example 2048")
     wanted = AutoPairs.parse(f"auto:{options.greedy}") if options.greedy else None
     config = load_config(options.config, options.overrides)
-    state = PartialState(cpu=models.device().type == "cpu")
-    check_engine(state)
-    use_all_cores(state)
-    keep_freed_memory(state)
+    state = start()
     layers = check_base(config)
     if wanted is not None:
         wanted.count(layers)
@@ -101,23 +98,15 @@ def load(config: Config, tokens: int, state: PartialState, say: Callable[..., An
     """The base and its calibration rows. Where the configuration sets no text apart, a share of the training text."""
     data, tokenizer = config.data, models.load_tokenizer(config.model)
     if data.calibration is None and not data.calibration_fraction:
-        data = dataclasses.replace(data, calibration_fraction=CALIBRATION_FRACTION)
+        with_share = dataclasses.replace(data, calibration_fraction=CALIBRATION_FRACTION)
+        config = dataclasses.replace(config, data=with_share)
         say(
             f"calibration text: {CALIBRATION_FRACTION:.0%} of data.train's documents; a run of this configuration "
             f"trains on them too, unless it has data.calibration_fraction {CALIBRATION_FRACTION}"
         )
     length = config.train["max_length"]
     with state.main_process_first():
-        found = build_data(
-            data,
-            tokenizer,
-            max_length=length,
-            train_tokens=length,  # none is used
-            eval_tokens=length,
-            kd_on=config.loss.kd_on,
-            seed=config.train["seed"],
-            calibration_tokens=tokens,
-        )
+        found = data_of(config, tokenizer, length, length, calibration_tokens=tokens)  # of the others none is used
     assert found.calibration is not None
     calibration = calibrate(config, found.calibration, tokenizer, state)
     where = f"{state.num_processes} x {state.device.type} in {calibration.about['dtype']}"

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_masks_for_generate
 
+from lp_train import models
 from lp_train.adapters import attach
 from lp_train.bench import flops
 from lp_train.bench.flops import StepFlops, mean_context, peak_flops, step_flops
@@ -21,7 +22,6 @@ from lp_train.bench.shapes import checkpoint_every, suffix_blocks
 from lp_train.config import Config
 from lp_train.distill.losses import Head, head_loss
 from lp_train.distill.replay import run_original, run_suffix
-from lp_train.distill.trainer import no_base_dropout
 from lp_train.pairing import PairPlan, adapters_off, keep_originals, pair_layers
 from lp_train.pairing.families import decoder_of
 
@@ -60,6 +60,7 @@ def build(name: str, config: Config) -> nn.Module:
     case = CASES[name]
     hf_config = case.config(**{**COMMON, **case.options})
     hf_config._experts_implementation = "eager"
+    models._remove_dropout(hf_config)
     model, plan = (
         AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager"),
         PairPlan.parse(config.plan.pairs, 6).control(config.plan.kind, config.plan.remove),
@@ -68,7 +69,6 @@ def build(name: str, config: Config) -> nn.Module:
     if config.tune == "full":
         keep_originals(model)
     model = attach(model, plan, config).train()
-    no_base_dropout(model)
     if config.train["gradient_checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for block, checkpointed in suffix_blocks(plan, checkpoint_every(config)):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import evaluate_run
 from lp_train import finetune
-from lp_train.evaluation.statistics import compare
+from run_evaluation.statistics import compare
 
 TASKS = "evaluate.tasks=[piqa_local, arc_easy_local, lambada_local, wikitext_local]"
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tiny_run import write_text
 from torch import Tensor, nn
 
-import export as command
+import export
 import lp_train
-from lp_train import export, finetune
+from lp_train import finetune
 from lp_train.errors import UserError
 from lp_train.pairing import in_order, pair_layers
 from lp_train.pairing.fuse import fuse
@@ -254,7 +254,7 @@ def test_a_plain_class_of_the_family_refuses_the_checkpoint_or_its_weights(share
 
 def one_line(arguments: list[Path | str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    assert command.main([str(argument) for argument in arguments]) == 2
+    assert export.main([str(argument) for argument in arguments]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line and "Loading weights" not in line]
     assert len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]

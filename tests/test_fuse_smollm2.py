@@ -15,7 +15,7 @@ import transformers as hf
 from test_smollm2 import CONFIG, LENGTH, PROMPT, ROWS, loaded, pytestmark, tokenizer  # noqa: F401  (fixtures, marks)
 from torch import nn
 
-from lp_train import export
+import export
 from lp_train.config import DataConfig, Source
 from lp_train.data import build_data
 from lp_train.pairing import pair_layers, unpair_layers

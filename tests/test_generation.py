@@ -23,10 +23,10 @@ from test_fidelity import with_adapter
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lp_train.evaluation import generation
 from lp_train.evaluation.fidelity import BUCKETS, Fidelity, Variant, as_it_is, measure
-from lp_train.evaluation.generation import Answers, answer_all, describe, prompts_of
 from lp_train.pairing import adapters_off, sequential
+from run_evaluation import answers as held_out_answers
+from run_evaluation.answers import Answers, answer_all, describe, prompts_of
 
 VARIANTS: dict[str, Variant] = {"sequential": sequential, "paired": adapters_off, "recovered": as_it_is}
 NEW = 12
@@ -67,7 +67,7 @@ def test_answers_are_measured_as_packed_rows(
         seen.append(collate([rows[0]]))
         return measure(model, rows, collate, *rest)
 
-    monkeypatch.setattr(generation, "measure", spy)
+    monkeypatch.setattr(held_out_answers, "measure", spy)
     answers(model, SimpleNamespace(eos_token_id=2, pad_token_id=3), prompts)
     assert seen[0]["cu_seq_lens"][-1] == seen[0]["input_ids"].numel()
 

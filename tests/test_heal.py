@@ -332,7 +332,8 @@ def test_the_rows_of_a_fit_are_drawn() -> None:
         taken.extend(row["n"] for row in batch)
         return {name: torch.zeros(len(batch), 4) for name in ("input_ids", "position_ids")}
 
-    bench = Bench(config, SimpleNamespace(train=rows), collate, SimpleNamespace(device="cpu"), torch.float32)  # type: ignore[arg-type]
+    bench = Bench(config, SimpleNamespace(train=rows), SimpleNamespace(), SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+    vars(bench)["collate"] = collate
     assert len(list(bench.batches_of(60))) == 3
     assert len(set(taken)) == 15 and max(taken) > 50
     first = list(taken)

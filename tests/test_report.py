@@ -22,8 +22,9 @@ from lp_train.config import TrackConfig
 from lp_train.evaluation import page
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.page import Table, literal
-from lp_train.evaluation.statistics import compare
-from lp_train.evaluation.tables import fidelity_table, task_table
+from run_evaluation.pages import add_to_wandb
+from run_evaluation.statistics import compare
+from run_evaluation.tables import compared_fidelity, task_table
 
 TEXT = ["By position in the document", "Drift by layer"]
 REST = ["Memory and speed", "Environment", "To reproduce"]
@@ -111,7 +112,7 @@ def test_each_original_has_its_row_and_the_control_stays() -> None:
         }
 
     control = {"nll": 2.0, "ppl": 9.0, "kl": 0.0, "top1_agreement": 1.0}
-    shown = fidelity_table([{**run("a", 2.5), "control": control}, run("b", 2.5), run("c", 3.0)]).rows
+    shown = compared_fidelity([{**run("a", 2.5), "control": control}, run("b", 2.5), run("c", 3.0)]).rows
     assert [row[0].replace("\n", " ") for row in shown] == [
         "original",
         "untuned pairs a",
@@ -133,11 +134,11 @@ def test_a_tracked_run_gets_later_tables(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: name)
     document = json.loads((runs["deep"] / "evaluation.json").read_text())
-    track.add(TrackConfig(wandb="offline"), runs["deep"], "deep", document)
+    add_to_wandb(TrackConfig(wandb="offline"), runs["deep"], "deep", document)
     assert not logged  # this run was not tracked
     folder = shutil.copytree(runs["deep"], tmp_path / "tracked")
     (folder / "wandb_id").write_text("abc")
-    track.add(TrackConfig(wandb="offline"), folder, "deep", document)
+    add_to_wandb(TrackConfig(wandb="offline"), folder, "deep", document)
     assert (begun["id"], begun["resume"]) == ("abc", "allow") and logged.keys() >= {
         "tables/tasks",
         "tables/answers",

@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lp_train.evaluation.statistics import compare, mcnemar, mean_of, retained
+from run_evaluation.statistics import compare, mcnemar, mean_of, retained
 
 answers = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=200)
 

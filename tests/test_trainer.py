@@ -125,15 +125,6 @@ def test_gradient_checkpointing_changes_no_step(make: Make) -> None:
     assert_same_weights(again, plain, 0)
 
 
-def test_dropout_of_the_base_is_off_as_it_would_blur_the_original(make: Make, tiny_llama: LlamaForCausalLM) -> None:
-    plain = make(name="plain", max_steps=2)
-    plain.train()
-    tiny_llama.config.attention_dropout = 0.5
-    with_dropout = make(name="dropout", max_steps=2)
-    with_dropout.train()
-    assert logged(with_dropout) == logged(plain)
-
-
 # --- the parts of the loss
 
 

@@ -19,8 +19,9 @@ _BLOCK = 1 << 24  # bytes read at once
 
 def publish(written: Path, target: Path) -> None:
     """Lists what is in ``written``, makes sure that it is on the disk, and renames the folder to ``target``."""
-    _write(written / MANIFEST, json.dumps({str(path.relative_to(written)): _state(path) for path in _files(written)}))
-    for path in [*_files(written), *(path for path in written.rglob("*") if path.is_dir()), written]:
+    listed = {str(path.relative_to(written)): _state(path) for path in _files(written)}
+    (written / MANIFEST).write_text(json.dumps(listed))
+    for path in (*written.rglob("*"), written):
         _to_disk(path)
     if target.exists():  # a damaged one of the same step
         shutil.rmtree(target)
@@ -67,11 +68,6 @@ def _state(path: Path) -> list[int]:
         while block := file.read(_BLOCK):
             crc = zlib.crc32(block, crc)
         return [file.tell(), crc]
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    _to_disk(path)
 
 
 def _to_disk(path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -28,9 +29,9 @@ FSDP_NEEDS = {  # option: the value that it must have, what it is when not given
 
 def asked() -> str:
     """By the variables that ``accelerate launch`` sets from its configuration."""
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return f"ZeRO-{_zero_stage()}"
-    if _is_set("ACCELERATE_USE_FSDP"):
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
     return "DDP" if "LOCAL_RANK" in os.environ else "NO"
 
@@ -60,10 +61,6 @@ def fit_deepspeed(config: dict[str, Any]) -> None:
 def load_whole() -> None:
     """Transformers would load weights in parts under ZeRO-3, without what then puts them together in a forward."""
     unset_hf_deepspeed_config()
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def _zero_stage() -> int:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from lp_train import models
 from lp_train.cluster import engine
 from lp_train.errors import UserError
 
@@ -23,6 +24,22 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")  # DeepSpeed, in each step
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def say(text: str) -> None:
+    """Prints a line, on the first process only."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def start() -> PartialState:
+    """Joins the processes of the launcher, each with its device, all its cores and the memory that it frees."""
+    require_deepspeed()
+    state = PartialState(cpu=models.device().type == "cpu")
+    check_engine(state)
+    use_all_cores(state)
+    keep_freed_memory(state)
+    return state
 
 
 def check_engine(state: PartialState) -> None:

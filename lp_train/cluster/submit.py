@@ -7,15 +7,15 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
+from lp_train.cluster.launch import say
 from lp_train.config import Config
 from lp_train.errors import UserError
-from lp_train.evaluation.runs import EVALUATIONS
+from lp_train.evaluation.report import EVALUATIONS
 from lp_train.models import write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,12 +38,9 @@ class SubmitEvaluation(TrainerCallback):
     """Submits when the Trainer has saved. The checkpoint that a signal makes is the resumed run's, and is not
     evaluated."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.say(submit(Path(args.output_dir).absolute(), state.global_step))
+            say(submit(Path(args.output_dir).absolute(), state.global_step))
 
 
 def submit(folder: Path, step: int) -> str:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from lp_train.config import DataConfig
+from lp_train.config import Config, DataConfig
 from lp_train.data.mixture import draw_eval, draw_train, separate
 from lp_train.data.sources import OpenSource
 from lp_train.data.tokens import Encoder, Tokens
@@ -63,6 +63,26 @@ class Data:
     stats: DataStats
     domains: list[str]
     calibration: Dataset | None = None
+
+
+def data_of(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    train_tokens: int | None,
+    eval_tokens: int | None = None,
+    calibration_tokens: int = 0,
+) -> Data:
+    """The data that a configuration says, as much as is asked for; ``eval_tokens`` None: ``evaluate.tokens``."""
+    return build_data(
+        config.data,
+        tokenizer,
+        max_length=config.train["max_length"],
+        train_tokens=train_tokens,
+        eval_tokens=eval_tokens or config.evaluate.tokens,
+        kd_on=config.loss.kd_on,
+        seed=config.train["seed"],
+        calibration_tokens=calibration_tokens,
+    )
 
 
 def build_data(

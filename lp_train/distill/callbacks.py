@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
@@ -44,19 +45,12 @@ class Console(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(parts))
 
 
-class CheckpointEvery(TrainerCallback):
-    """Of gradient checkpointing, which the Trainer has just enabled, keeps every n-th block from the first pair on."""
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not args.gradient_checkpointing:
-            return
-        blocks = suffix_blocks(plan_of(model)[0], self.every)
-        checkpointed = {i for block, on in blocks for i in block if on}
-        for i, layer in enumerate(decoder_of(model).layers):
-            layer.gradient_checkpointing = i in checkpointed
+def checkpoint_blocks(model: nn.Module, every: int) -> None:
+    """Of gradient checkpointing, which the Trainer has enabled, keeps every n-th block from the first pair on."""
+    blocks = suffix_blocks(plan_of(model)[0], every)
+    checkpointed = {i for block, on in blocks for i in block if on}
+    for i, layer in enumerate(decoder_of(model).layers):
+        layer.gradient_checkpointing = i in checkpointed
 
 
 class AtStart(TrainerCallback):

@@ -25,6 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
+from lp_train.adapters import autocast
 from lp_train.cluster import checkpoint
 from lp_train.cluster import engine as engines
 from lp_train.cluster.checkpoint import SAVING, is_disk_error
@@ -32,14 +33,13 @@ from lp_train.cluster.preemption import Preempted, stop_if_asked
 from lp_train.cluster.shard import held, whole, whole_state
 from lp_train.config import LossConfig
 from lp_train.data.rows import IGNORED
-from lp_train.distill.callbacks import AtStart, CheckpointEvery
+from lp_train.distill.callbacks import AtStart, checkpoint_blocks
 from lp_train.distill.compiled import Engine, attention, compiled_block
 from lp_train.distill.cuda_graph import GraphedLoss
 from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
 from lp_train.distill.replay import run_block, run_original, run_suffix
 from lp_train.errors import UserError
 from lp_train.models import check_adapter
-from lp_train.pairing.families import decoder_of
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
 TOTALS = "totals.json"  # of a checkpoint: what the Trainer's own state does not count
@@ -86,7 +86,6 @@ class PairedTrainer(SFTTrainer):
         checkpoint_every: int = 1,
     ) -> None:
         args.dataset_kwargs = {"skip_prepare_dataset": True}
-        no_base_dropout(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         dtypes, self.dtype = [p.dtype for p in trained], model.dtype
         super().__init__(
@@ -96,9 +95,8 @@ class PairedTrainer(SFTTrainer):
             eval_dataset=eval_dataset,
             data_collator=functools.partial(_whole_batch, collate, args.per_device_train_batch_size),
             processing_class=tokenizer,
-            callbacks=[*callbacks, CheckpointEvery(checkpoint_every)],
+            callbacks=[*callbacks, AtStart(self._at_start)],
         )
-        self.add_callback(AtStart(self._at_start))
         for parameter, dtype in zip(trained, dtypes, strict=True):  # TRL rounds the adapters of a 4-bit base to bf16
             if parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
@@ -107,7 +105,7 @@ class PairedTrainer(SFTTrainer):
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.auto_wrap_policy = None  # it looks for a class that pairing has replaced
         self.model_accepts_loss_kwargs = True  # our loss divides by the global number of trained tokens itself
-        self.loss, self.measure, self.engine = loss, measure, engine
+        self.loss, self.measure, self.engine, self.checkpoint_every = loss, measure, engine, checkpoint_every
         self.tokens_per_step, self.flops, self.peak_flops = tokens_per_step, flops, peak_flops
         self.block = compiled_block() if engine.compile_blocks else run_block
         self._micro_batch = GraphedLoss(self._loss_sums, trained) if engine.cuda_graph else self._loss_sums
@@ -137,7 +135,10 @@ class PairedTrainer(SFTTrainer):
         return super().create_scheduler(*args, **kwargs)
 
     def _at_start(self) -> None:
-        """The engine is looked at; the evaluation that a signal cut short in the run that this one goes on from."""
+        """Some blocks are checkpointed, the engine is looked at, and the evaluation made that a signal cut short in the
+        run that this one goes on from."""
+        if self.args.gradient_checkpointing:
+            checkpoint_blocks(self.model, self.checkpoint_every)
         self.engine_seen = engines.look(self.model_wrapped, *held(self.model))
         if self._evaluation_due:
             if self._determine_best_metric(self.evaluate(), None):
@@ -164,8 +165,7 @@ class PairedTrainer(SFTTrainer):
         """accelerate's; under DeepSpeed, which has none but its own way to cast the adapters, that of the base."""
         if not self.is_deepspeed_enabled:
             return self.accelerator.autocast()
-        half = self.dtype != torch.float32
-        return torch.autocast(self.args.device.type, self.dtype if half else None, half)
+        return autocast(self.dtype, self.args.device)
 
     def _loss_sums(self, inputs: dict[str, Tensor]) -> LossSums:
         loss, model = self.loss, self.accelerator.unwrap_model(self.model)
@@ -358,15 +358,6 @@ def _whole_batch(collate: Collate, size: int, rows: list[Any]) -> dict[str, Tens
     that a compiled step meets one shape."""
     untrained = {name: [IGNORED] * len(v) if name.endswith("labels") else v for name, v in rows[0].items()}
     return collate([*rows, *[untrained] * (size - len(rows))])
-
-
-def no_base_dropout(model: nn.Module) -> None:
-    """Switches the base's own dropout off, which would also reach the original; that of adapters stays."""
-    for name, module in decoder_of(model).named_modules():
-        if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-            module.p = 0.0
-        elif getattr(module, "attention_dropout", 0.0):
-            module.attention_dropout = 0.0
 
 
 def next_labels(labels: Tensor) -> Tensor:

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from lp_train.evaluation.tables import sentence, tables
+from lp_train.evaluation.page import Table
+from lp_train.evaluation.report import write
+from lp_train.evaluation.tables import fidelity_table, sentence
 
 LOADERS = {"lora": ("peft", "PeftModel"), "full": ("transformers", "AutoModelForCausalLM")}
 
 
-def model_card(report: Mapping[str, Any], base: str, evaluation: Mapping[str, Any] | None = None) -> str:
-    """README.md of the folder ``adapter/`` (``tune: lora``) or ``model/`` (``tune: full``)."""
+def write_card(
+    folder: Path,
+    report: Mapping[str, Any],
+    base: str,
+    tables: Sequence[Table] = (),
+    results: Sequence[EvalResult] = (),
+) -> None:
+    """README.md of the run's folder ``adapter/`` (``tune: lora``) or ``model/`` (``tune: full``). From an evaluation
+    come ``tables`` in place of the report's own and further ``results``."""
+    weights = folder / ("adapter" if report["tune"] == "lora" else "model")
+    write(weights / "README.md", model_card(report, base, tables or [fidelity_table(report)], results))
+
+
+def model_card(report: Mapping[str, Any], base: str, tables: Sequence[Table], results: Sequence[EvalResult]) -> str:
     library, loader = LOADERS[report["tune"]]
     head = ModelCardData(
         base_model=base,
         library_name=library,
         tags=["layer-parallel"],
         model_name=report["name"],
-        eval_results=_results(report, evaluation or {}),
+        eval_results=[*_held_out(report["recovered"]), *results],
     )
-    shown = tables({**report, **(evaluation or {})})
-    figures = "\n\n".join(str(shown[name]) for name in ("fidelity", "tasks") if name in shown)
+    shown = "\n\n".join(map(str, tables))
     return f"""---
 {head.to_yaml()}
 ---
@@ -40,7 +54,7 @@ model, tokenizer = lp_train.load("path/to/this/folder")
 
 {sentence(report)}
 
-{figures}
+{shown}
 """
 
 
@@ -51,14 +65,20 @@ def _graph(plan: Mapping[str, Any]) -> str:
     return f"layers\n{pairs} run side by side\n(`{plan['algebra']}`, arXiv 2502.02790)"
 
 
-def _results(report: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[EvalResult]:
-    """The recovered model's held-out figures, and its tasks where they were run."""
-    figures = report["recovered"]
-    found = [("held-out text", "held-out", "perplexity", "perplexity", figures["ppl"])]
-    found += [("held-out text", "held-out", "kl_divergence", "KL to the original, nats per token", figures["kl"])]
-    for task, of_task in evaluation.get("tasks", {}).items():
-        if (results := of_task["results"].get("recovered")) is not None:
-            metric = of_task["metric"]
-            found.append((task, task, metric, f"{metric}, {of_task['num_fewshot']}-shot", results[metric]))
-    names = ("dataset_name", "dataset_type", "metric_type", "metric_name", "metric_value")
-    return [EvalResult(task_type="text-generation", **dict(zip(names, row, strict=True))) for row in found]
+def _held_out(figures: Mapping[str, float]) -> list[EvalResult]:
+    return [
+        result("held-out text", "held-out", "perplexity", "perplexity", figures["ppl"]),
+        result("held-out text", "held-out", "kl_divergence", "KL to the original, nats per token", figures["kl"]),
+    ]
+
+
+def result(dataset: str, kind: str, metric: str, metric_name: str, value: float) -> EvalResult:
+    """A figure of the recovered model in the hub's form."""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_name=dataset,
+        dataset_type=kind,
+        metric_type=metric,
+        metric_name=metric_name,
+        metric_value=value,
+    )

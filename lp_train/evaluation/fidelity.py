@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,11 +67,6 @@ class Fidelity:
     agreements: np.ndarray
     cells: np.ndarray  # [domains, buckets, 4]: the same sums by the document's domain and by position in it
     drift: np.ndarray  # [pairs]: |h - h_original| / |h_original| of the stream after each, mean over those tokens
-
-    @classmethod
-    def mean(cls, seeds: Sequence[Fidelity]) -> Fidelity:
-        """Of several seeds of one recipe on the same rows."""
-        return cls(*(np.mean([getattr(seed, f.name) for seed in seeds], axis=0) for f in fields(cls)))
 
     @property
     def nll(self) -> float:

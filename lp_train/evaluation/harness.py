@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lp_train.adapters import autocast
 from lp_train.cluster.shard import inside
 from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.errors import UserError
@@ -204,8 +205,7 @@ class HarnessModel(HFLM):
         return sums
 
     def _autocast(self) -> torch.autocast:
-        half = self.mixed_precision_dtype
-        return torch.autocast(self.device.type, dtype=half, enabled=half is not None)
+        return autocast(self.mixed_precision_dtype or torch.float32, self.device)
 
     # --- generation --------------------------------------------------------------------------------------------------
 

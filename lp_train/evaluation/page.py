@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 
+STYLE = Path(__file__).with_suffix(".css").read_text()
+
 
 class Table(NamedTuple):
     """Cells in Markdown, foreign text in them by :func:`literal`. From the column ``numbers`` on they stand right. The
@@ -51,20 +53,5 @@ def html(title: str, markdown: str, folder: Path) -> str:
     body = re.sub(r'src="(plots/.*?)"', embedded, body)
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{escape(title)}</title>{STYLE}"
+    head += f"<title>{escape(title)}</title><style>\n{STYLE}</style>"
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}</body></html>\n'
-
-
-STYLE = """<style>
-body { max-width: 58rem; margin: 0 auto; padding: 1rem; color: #1c2230; font: 1rem/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere }
-h1 { font-size: 1.6rem; line-height: 1.2 }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .8rem; border-bottom: 1px solid #c3c8d1 }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; line-height: 1.35;
-  overflow-wrap: normal; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid #c3c8d1 }
-th { background: #f2f4f8; vertical-align: bottom } td[style*=right] { white-space: nowrap }
-td:first-child { white-space: nowrap } small { font-size: .82rem; color: #5b6475 }
-pre { padding: .8rem; background: #f2f4f8; overflow-x: auto; font-size: .85rem; line-height: 1.3 }
-img { display: block; width: 100%; max-width: 40rem }
-</style>"""

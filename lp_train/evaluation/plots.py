@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter
 
 NAMES = {"sequential": "original", "paired": "untuned pairs", "recovered": "recovered"}
 # told apart by the colour-blind (Okabe and Ito) and by lightness
@@ -35,7 +34,7 @@ def plot(folder: Path, name: str, alt: str, draw: Callable[[], Figure]) -> str:
     return f"![{alt}](plots/{name}.png)"
 
 
-def _panels(number: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+def panels(number: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = list(figure.subplots(number, 1, squeeze=False, **options)[:, 0])
     for axis in axes:
@@ -44,7 +43,7 @@ def _panels(number: int, height: float, **options: Any) -> tuple[Figure, list[Ax
     return figure, axes
 
 
-def _legend(axis: Axes) -> None:
+def legend(axis: Axes) -> None:
     """Below all panels, where it covers nothing."""
     assert isinstance(axis.figure, Figure)
     axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -52,7 +51,7 @@ def _legend(axis: Axes) -> None:
 
 def recovery(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], tokens_per_step: int) -> Figure:
     """Held-out NLL and KL over training tokens, between the original and the untrained pairs."""
-    figure, axes = _panels(2, 5.4, sharex=True)
+    figure, axes = panels(2, 5.4, sharex=True)
     found = {line["step"]: line for line in history if "eval_kl" in line}  # of a step made again, the last
     for axis, key, label in zip(axes, ("nll", "kl"), ("NLL", "KL to the original"), strict=True):
         points = [(0, report["paired"][key])]
@@ -63,7 +62,7 @@ def recovery(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], to
         won = report["recovery"][key]
         axis.set_title(f"{label}: {'gap too small to judge' if won is None else f'{won:.0%} of the gap won back'}")
         axis.set_ylabel("nats per token")
-    _legend(axes[0])
+    legend(axes[0])
     axes[1].set_xlabel("training tokens")
     axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
@@ -71,24 +70,24 @@ def recovery(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], to
 
 def drift(pairs: Sequence[Mapping[str, Any]]) -> Figure:
     """Relative error of the residual stream after each pair, before and after recovery."""
-    figure, (axis,) = _panels(1, 3.2)
+    figure, (axis,) = panels(1, 3.2)
     labels = ["+".join(map(str, row["pair"])) for row in pairs]
     _lines(axis, labels, pairs, lambda row, model: row[model])
     axis.tick_params(axis="x", rotation=45 if len(labels) > 8 else 0)
     axis.set(xlabel="after layers", ylabel="‖h − original‖ / ‖original‖", title="Drift of the residual stream")
     axis.set_ylim(bottom=0)
-    _legend(axis)
+    legend(axis)
     return figure
 
 
 def positions(buckets: Sequence[Mapping[str, Any]]) -> Figure:
     """KL and top-1 agreement by position in the document."""
-    figure, axes = _panels(2, 5.4, sharex=True)
+    figure, axes = panels(2, 5.4, sharex=True)
     labels = [f"{b['from']}–{b['to']}" if b["to"] else f"{b['from']}–" for b in buckets]
     for axis, key, label in zip(axes, ("kl", "top1_agreement"), ("KL, nats per token", "top-1 agreement"), strict=True):
         _lines(axis, labels, [bucket["models"] for bucket in buckets], lambda row, model: row[model][key])  # noqa: B023
         axis.set_ylabel(label)
-    _legend(axes[0])
+    legend(axes[0])
     axes[0].set_title("Divergence from the original by position in the document")
     axes[1].tick_params(axis="x", rotation=30)
     axes[1].set_xlabel("tokens of context")
@@ -99,43 +98,3 @@ def _lines(axis: Axes, labels: Sequence[str], rows: Sequence[Mapping[str, Any]],
     for model in ("paired", "recovered"):
         if points := [(x, value(row, model)) for x, row in zip(labels, rows, strict=True) if model in row]:
             axis.plot(*zip(*points, strict=True), **STYLES[model])
-
-
-def tasks(found: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Difference to the original in points of each task or group, with its 95 % interval."""
-    figure, (axis,) = _panels(1, 1.3 + 0.45 * len(found))
-    for offset, model in ((-0.15, "paired"), (0.15, "recovered")):
-        if rows := [(i, c) for i, task in enumerate(found.values()) if (c := task["comparisons"].get(model))]:
-            middle = [100 * c["difference"] for _, c in rows]
-            ends = [[100 * abs(c["interval"][end] - c["difference"]) for _, c in rows] for end in (0, 1)]
-            style = {**STYLES[model], "linestyle": "none", "capsize": 3}
-            axis.errorbar(middle, [i + offset for i, _ in rows], xerr=ends, **style)
-    axis.axvline(0, **{**STYLES["sequential"], "marker": ""})
-    axis.set_yticks(range(len(found)), list(found))
-    axis.invert_yaxis()
-    axis.set(xlabel="percentage points, with 95 % interval", title="Tasks: difference to the original")
-    _legend(axis)
-    return figure
-
-
-def by_depth(rows: Sequence[Mapping[str, Any]], label: str) -> Figure:
-    """Figures of several runs over effective depth: rows of ``name``, ``depth``, ``model``, ``value`` and ``interval``
-    (two distances). Lines go from the original through the means at each depth."""
-    figure, (axis,) = _panels(1, 4.0)
-    original = [row for row in rows if row["model"] == "sequential"]
-    for model, style in STYLES.items():
-        of_model = [row for row in rows if row["model"] == model]
-        ends = np.array([row["interval"] for row in of_model]).T
-        points = [row["depth"] for row in of_model], [row["value"] for row in of_model]
-        axis.errorbar(*points, yerr=ends if ends.any() else None, **{**style, "linestyle": "none", "capsize": 3})
-        depths = sorted({row["depth"] for row in of_model + original})
-        means = [np.mean([r["value"] for r in of_model + original if r["depth"] == depth]) for depth in depths]
-        axis.plot(depths, means, **{**style, "marker": "", "label": None, "alpha": 0.6})
-        for row in of_model if model == "recovered" else ():
-            place: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-            axis.annotate(row["name"], (row["depth"], row["value"] + row["interval"][1]), **place)
-    axis.set(xlabel="effective depth, layers", ylabel=label)
-    axis.margins(0.12)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(axis)
-    return figure

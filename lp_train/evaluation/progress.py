@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lp_train.cluster import engine
+from lp_train.cluster.launch import say
 from lp_train.config import Config
 from lp_train.errors import UserError
 from lp_train.evaluation.bench import Bench
@@ -29,9 +29,7 @@ class Progress:
     ``tasks_at_start`` where ``watch`` measures tasks. All processes take part in every measurement."""
 
     bench: Bench
-    tokenizer: PreTrainedTokenizerBase
     watch: Watch | None
-    say: Callable[[str], None]
     figures: dict[str, Fidelity] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
     tasks_at_start: dict[str, dict[str, float]] | None = None
@@ -41,13 +39,13 @@ class Progress:
         """The original, and what pairing costs."""
         self.figures = self.bench.measure(model, {"paired": adapters_off})
         original, paired = self.figures["sequential"], self.figures["paired"]
-        self.say(f"held-out nll: original {original.nll:.4f}, paired {paired.nll:.4f} (kl {paired.kl:.4f})")
+        say(f"held-out nll: original {original.nll:.4f}, paired {paired.nll:.4f} (kl {paired.kl:.4f})")
         untuned = {"sequential": sequential, "paired": adapters_off}
-        self.answers = self.bench.answers(model, self.tokenizer, untuned)
+        self.answers = self.bench.answers(model, untuned)
         if self.watch:
             start = self.tasks_at_start = self.watch(model, untuned)
             for name, value in start["sequential"].items():
-                self.say(f"{name}: original {value:.4f}, paired {start['paired'][name]:.4f}")
+                say(f"{name}: original {value:.4f}, paired {start['paired'][name]:.4f}")
 
     def during(self, model: nn.Module, step: int, last: int) -> dict[str, float | None]:
         """Figures, recovery and, every ``train.task_steps`` steps and at the last, tasks; for the log."""
@@ -62,7 +60,7 @@ class Progress:
         """The result, which is the model of ``step``."""
         known = self.by_step.get(step)
         self.figures["recovered"] = known or self.bench.measure(model, {"recovered": as_it_is})["recovered"]
-        self.answers |= self.bench.answers(model, self.tokenizer, {"recovered": as_it_is})
+        self.answers |= self.bench.answers(model, {"recovered": as_it_is})
 
 
 def watched_tasks(config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> Watch | None:

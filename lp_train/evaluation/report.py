@@ -17,25 +17,12 @@ from typing import Any
 import accelerate
 import torch
 
-from lp_train.evaluation import page, plots
+from lp_train.evaluation import page, plots, tables
 from lp_train.evaluation.fidelity import Fidelity, by_domain, by_position, standard_error
 from lp_train.evaluation.page import Table, literal
-from lp_train.evaluation.tables import (  # noqa: F401  (the recipe says `table` and `answers`)
-    MODELS,
-    answers,
-    checkpoint_table,
-    domain_table,
-    draw,
-    fidelity_table,
-    generation_table,
-    sentence,
-    short,
-    table,
-    task_note,
-    task_table,
-)
 from lp_train.pairing import PairPlan
 
+EVALUATIONS = "evaluations"  # in a run folder: step-N/ for each checkpoint that a job of its own measures
 History = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "lm-eval")
 
@@ -120,29 +107,34 @@ def write_report(
     report: Mapping[str, Any],
     history: History,
     tokens_per_step: int,
-    evaluation: Mapping[str, Any] | None = None,
 ) -> None:
-    """report.json, report.md, report.html and plots/ in the run folder, with what ``evaluation`` has found since."""
+    """report.json, report.md, report.html and plots/ in the run folder."""
     write(folder / "report.json", as_json(report))
-    document = {**report, **(evaluation or {}), "name": report["name"], "environment": report["environment"]}
-    write_document(folder, document, history, tokens_per_step)
+    write_document(folder, report, history, tokens_per_step)
 
 
-def write_document(folder: Path, document: Mapping[str, Any], history: History = (), tokens_per_step: int = 0) -> None:
-    """The page of a report, an evaluation or both together; what is not measured has no section."""
+def write_document(
+    folder: Path,
+    document: Mapping[str, Any],
+    history: History = (),
+    tokens_per_step: int = 0,
+    evaluated: Sections | None = None,
+) -> None:
+    """The page of a report, an evaluation or both together; what is not measured has no section. ``evaluated``: the
+    sections that only an evaluation has."""
     figure, trained = functools.partial(plots.plot, folder), "train" in document
-    picture = f"```text\n{draw(document['plan'])}\n```"
-    sections: Sections = {"": [fidelity_table([document]), _fidelity_note(document), picture]}
+    picture = f"```text\n{tables.draw(document['plan'])}\n```"
+    sections: Sections = {"": [tables.fidelity_table(document), _fidelity_note(document), picture]}
     if trained or document.get("heal"):
-        sections[""].insert(0, sentence(document))
+        sections[""].insert(0, tables.sentence(document))
     if history:
         curve = figure("recovery", "recovery", lambda: plots.recovery(document, history, tokens_per_step))
         sections["Recovery over training"] = [curve]
     if (by_step := checkpoints(folder)) is not None:
         sections["Checkpoints"] = [by_step]
-    sections |= _task_sections(document, figure) | _fidelity_sections(document, figure)
+    sections |= (evaluated or {}) | _fidelity_sections(document, figure)
     if sample := document.get("sample"):
-        rows = [(MODELS[key], literal(text)) for key, text in sample.items() if key in MODELS]
+        rows = [(tables.MODELS[key], literal(text)) for key, text in sample.items() if key in tables.MODELS]
         answers = Table(("model", "answer"), rows, numbers=2)
         sections["One prompt, answered by each model"] = [f"Prompt: {literal(sample['prompt'])}", answers]
     if trained:
@@ -173,30 +165,15 @@ def write(path: Path, content: str | bytes) -> None:
 
 def checkpoints(folder: Path) -> Table | None:
     """What jobs of their own have measured of a run's checkpoints so far, a row each."""
-    files = sorted(folder.glob("evaluations/step-*/evaluation.json"), key=lambda p: int(p.parent.name[5:]))
-    return checkpoint_table({p.parent.name[5:]: json.loads(p.read_text()) for p in files}) if files else None
-
-
-def _task_sections(document: Mapping[str, Any], figure: Callable[..., str]) -> Sections:
-    sections: Sections = {}
-    if document.get("tasks"):
-        scored = {short(n): task for n, task in document["tasks"].items() if task["unit"] == "share"}
-        scored |= {f"{group}, mean": found for group, found in document["groups"].items()}
-        drawn = [figure("tasks", "differences to the original", lambda: plots.tasks(scored))] if scored else []
-        sections["Tasks"] = [task_table([document]), task_note(document), *drawn]
-    if g := document.get("generation"):
-        note = f"Greedy answers of up to {g['new_tokens']} tokens to the first {g['prompt_tokens']} tokens of "
-        note += f"{g['prompts']} held-out documents. Tokens agreed: those before the first difference to the answer of "
-        note += "the original. KL on its answers: nats per token along the answers of the original, ± standard error."
-        sections["Greedy answers"] = [generation_table(g), note]
-    return sections
+    files = sorted(folder.glob(f"{EVALUATIONS}/step-*/evaluation.json"), key=lambda p: int(p.parent.name[5:]))
+    return tables.checkpoint_table({p.parent.name[5:]: json.loads(p.read_text()) for p in files}) if files else None
 
 
 def _fidelity_sections(document: Mapping[str, Any], figure: Callable[..., str]) -> Sections:
     sections: Sections = {}
     domains = (document.get("fidelity_by_domain") or {}).get("domains") or []
     if len(domains) > 1:
-        sections["By domain"] = [domain_table(domains)]
+        sections["By domain"] = [tables.domain_table(domains)]
     if by := document.get("fidelity_by_position"):
         curve = figure("position", "fidelity by position", lambda: plots.positions(by["buckets"]))
         sections["By position in the document"] = [curve]

@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from lp_train.evaluation.page import Table, literal
 from lp_train.evaluation.plots import NAMES
 
 STEPS_PER_LINE = 18  # of the drawn plan: 72 columns
 MODELS = {**NAMES, "control": "control (not paired)"}
+FIDELITY = ("model", "depth", "NLL", "perplexity", "KL", "top-1\nagreement", "NLL\nwon back", "KL\nwon back")
 
 
 def table(report: Mapping[str, Any]) -> str:
     """The held-out figures as Markdown."""
-    return str(fidelity_table([report]))
+    return str(fidelity_table(report))
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, Table]:
-    """All tables of figures that a report, an evaluation or both have something for."""
-    found = {"fidelity": fidelity_table([document])}
-    if document.get("tasks"):
-        found["tasks"] = task_table([document])
-    if document.get("generation"):
-        found["answers"] = generation_table(document["generation"])
+    """The tables of figures that a report or an evaluation has something for."""
+    found = {"fidelity": fidelity_table(document)}
     if (domains := (document.get("fidelity_by_domain") or {}).get("domains")) and len(domains) > 1:
         found["domains"] = domain_table(domains)
     return found
-
-
-class _Column(NamedTuple):
-    title: str
-    document: Mapping[str, Any]
-    model: str
-
-
-def _columns(documents: Sequence[Mapping[str, Any]]) -> list[_Column]:
-    """The models of each document, by the run's name where there are several; an original that all share once."""
-    columns: list[_Column] = []
-    for document in documents:
-        for model in MODELS:
-            shared = model == "sequential" and columns and same_original(document, columns[0].document)
-            if model in fidelity(document) and not shared:
-                alone = len(documents) == 1 or (model == "sequential" and not columns)
-                title = MODELS[model] if alone else f"{MODELS[model]}\n{literal(document['name'])}"
-                columns.append(_Column(title, document, model))
-    return columns
-
-
-def same_original(document: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs start from the same model, measured on the same text."""
-    nll = [fidelity(d)["sequential"]["nll"] for d in (document, other)]
-    return abs(nll[0] - nll[1]) < 1e-3
 
 
 def fidelity(document: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -60,38 +31,18 @@ def fidelity(document: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**document, **document.get("fidelity", {})}
 
 
-def fidelity_table(documents: Sequence[Mapping[str, Any]]) -> Table:
-    """The original and what pairs made of it: of one report, or of several runs."""
-    rows = []
-    for title, document, model in _columns(documents):
-        f, won = fidelity(document)[model], document.get("recovery") if model == "recovered" else None
-        depth = document["effective_depth"] if model in ("paired", "recovered") else document["plan"]["num_layers"]
-        figures = (f"{f['nll']:.4f}", f"{f['ppl']:.2f}", f"{f['kl']:.4f}", f"{f['top1_agreement']:.1%}")
-        back = ["" if won is None else "unclear" if won[k] is None else f"{won[k]:.0%}" for k in ("nll", "kl")]
-        rows.append((title, str(depth), *figures, *back))
-    head = ("model", "depth", "NLL", "perplexity", "KL", "top-1\nagreement", "NLL\nwon back", "KL\nwon back")
-    return Table(head, rows)
+def fidelity_table(document: Mapping[str, Any]) -> Table:
+    """The original and what pairs made of it."""
+    models = [model for model in MODELS if model in fidelity(document)]
+    return Table(FIDELITY, [fidelity_row(MODELS[model], document, model) for model in models])
 
 
-def task_table(documents: Sequence[Mapping[str, Any]]) -> Table:
-    """Tasks and groups of evaluations side by side, in per cent, under each the difference to the original with its
-    95 % interval. Of each evaluation's last model then the share of the original that is left, plain and above chance.
-    """
-    columns = [column for column in _columns(documents) if column.model != "control"]
-    last = {id(column.document): column for column in columns}.values()
-    head, rows = ["task"], []
-    for column in columns:
-        head += [column.title] + ["kept\nabove chance"] * (column in last)
-    for kind in ("tasks", "groups"):
-        for name, found in documents[0][kind].items():
-            row = [_task_head(name, found)]
-            for column in columns:
-                theirs = column.document[kind].get(name)
-                row.append(_task_cell(theirs, column.model))
-                if column in last:
-                    row.append(_kept_cell(theirs, column.model))
-            rows.append(row)
-    return Table(head, rows)
+def fidelity_row(title: str, document: Mapping[str, Any], model: str) -> tuple[str, ...]:
+    f, won = fidelity(document)[model], document.get("recovery") if model == "recovered" else None
+    depth = document["effective_depth"] if model in ("paired", "recovered") else document["plan"]["num_layers"]
+    figures = (f"{f['nll']:.4f}", f"{f['ppl']:.2f}", f"{f['kl']:.4f}", f"{f['top1_agreement']:.1%}")
+    back = ["" if won is None else "unclear" if won[k] is None else f"{won[k]:.0%}" for k in ("nll", "kl")]
+    return (title, str(depth), *figures, *back)
 
 
 def checkpoint_table(by_step: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -109,70 +60,9 @@ def checkpoint_table(by_step: Mapping[str, Mapping[str, Any]]) -> Table:
     return Table(("step", "NLL", "KL", "top-1 agreement", *names), rows)
 
 
-def _task_head(name: str, found: Mapping[str, Any]) -> str:
-    if "shares" in found:
-        return f"{name}\nmean of {len(found['shares'])} tasks"
-    chance = f", chance {100 * found['chance']:.0f}" if found["chance"] else ""
-    return f"{short(name)}\n{found['metric']}, {found['items']:,} items, {found['num_fewshot']}-shot{chance}"
-
-
-def task_note(document: Mapping[str, Any]) -> str:
-    """How to read :func:`task_table`, and where the examples in the prompts come from."""
-    note = "Per cent; below, the difference to the original on the same items with its 95 % interval (n.s.: not told "
-    note += (
-        "apart from zero; of perplexities in nats). Kept: the share of the original's figure that is left; below, of "
-    )
-    note += "what is above chance."
-    sources: dict[str, list[str]] = {}
-    for name, task in document["tasks"].items():
-        if task["fewshot_source"]:
-            sources.setdefault(task["fewshot_source"], []).append(short(name))
-    return note + "".join(f" Examples of {', '.join(names)}: {source}." for source, names in sources.items())
-
-
 def short(task: str) -> str:
     """A task's name as in lm-eval: those that read local files end in ``_local``."""
     return task.removesuffix("_local")
-
-
-def _task_cell(found: Mapping[str, Any] | None, model: str) -> str:
-    """``36.5`` and below ``−4.6 [−6.4, −2.8]``; of a perplexity the difference is in nats."""
-    if found is None:
-        return "not run"
-    comparison = found["comparisons"]["paired" if model == "sequential" else model]
-    scale, digits = (1, 3) if found.get("unit") == "nats" else (100, 1)
-    value = scale * comparison["original" if model == "sequential" else "other"]
-    figure = f"{math.exp(value):.2f}" if scale == 1 else f"{value:.1f}"
-    if model == "sequential":
-        return figure
-    ends = (comparison["difference"], *comparison["interval"])
-    difference, low, high = (f"{scale * x:+.{digits}f}".replace("-", "−") for x in ends)
-    return f"{figure}\n{difference} [{low}, {high}]{'' if comparison['differs'] else ' n.s.'}"
-
-
-def _kept_cell(found: Mapping[str, Any] | None, model: str) -> str:
-    """Above chance only where the original is, by more than twice its standard error."""
-    if found is None or (c := found["comparisons"][model])["retained"] is None:
-        return ""
-    error = math.sqrt(max(c["original"] * (1 - c["original"]), 0) / c["items"])
-    above = c["original"] - (c.get("chance", found.get("chance")) or 0)
-    clear = c["retained_above_chance"] is not None and above > 2 * error
-    return f"{c['retained']:.1f} %\n" + (f"{c['retained_above_chance']:.1f} %" if clear else "–").replace("-", "−")
-
-
-def generation_table(generation: Mapping[str, Any]) -> Table:
-    """What the models' greedy answers have in common with the original's, and how much they repeat themselves."""
-    head = ("model", "tokens agreed", "identical", "KL on its answers", "distinct 1/2/3-grams", "4-grams repeated")
-    rows = []
-    for model, row in generation["models"].items():
-        agreed = ("", "", "")
-        if model != "sequential":
-            error = row["kl_standard_error"]  # null of a single prompt
-            kl = f"{row['kl_on_original_answers']:.3f}" + ("" if error is None else f" ± {error:.3f}")
-            agreed = (f"{row['agreed_tokens']:.1f}", f"{row['identical_answers']:.0%}", kl)
-        distinct = " / ".join(f"{row[f'distinct_{n}']:.2f}" for n in (1, 2, 3))
-        rows.append((MODELS[model], *agreed, distinct, f"{row['repeated_4grams']:.0%}"))
-    return Table(head, rows)
 
 
 def domain_table(domains: Sequence[Mapping[str, Any]]) -> Table:

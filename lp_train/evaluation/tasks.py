@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from lm_eval.api.group import Group
@@ -38,7 +37,6 @@ templates.from_string = functools.lru_cache(maxsize=4096)(templates.from_string)
 
 LOCAL_TASKS = Path(__file__).parents[2] / "configs" / "tasks"
 FEWSHOT_SEED = 1234  # lm-eval's own
-PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 PRIMARY = ("acc_norm", "acc", "exact_match", "word_perplexity")  # of a task that does not name one: the first it has
 
 
@@ -49,16 +47,6 @@ class Items:
 
     metrics: dict[str, list[Any]]
     responses: list[list[Any]]
-
-    def sums(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """(value, weight) of each item: accuracies with weight 1, perplexities as nats and the words they are for."""
-        values = np.array(self.metrics[metric], dtype=np.float64)
-        weights = values[:, 1] if values.ndim == 2 else np.ones(len(values))
-        return (-values[:, 0] if values.ndim == 2 else -values if is_perplexity(metric) else values), weights
-
-
-def is_perplexity(metric: str) -> bool:
-    return metric in PERPLEXITIES
 
 
 @dataclass
@@ -77,23 +65,6 @@ class Built:
         filters = [f"{name},{f.name}" for f in self.task._filters for name in self.task.aggregation()]
         has = [*self.task.aggregation(), *filters]
         return named or next((m for p in PRIMARY for m in has if m == p), has[0])
-
-    @property
-    def chance(self) -> float:
-        """What guessing scores: one in the number of choices; 0 where the answer is free."""
-        if self.task.OUTPUT_TYPE != "multiple_choice":
-            return 0.0
-        return float(np.mean([1 / len(of_item) for of_item in self.instances]))
-
-    @property
-    def fewshot_source(self) -> str | None:
-        """Where its examples come from, in words; None without examples."""
-        config = self.task.config
-        if not config.num_fewshot or (own := getattr(self.task.sampler, "source", None)):
-            return own if config.num_fewshot else None
-        split = config.fewshot_split or config.training_split or config.validation_split or config.test_split
-        evaluated = config.test_split or config.validation_split
-        return "the evaluated file, without the item itself" if split == evaluated else f"split {split}"
 
     def figures(self, items: Items) -> dict[str, float]:
         """lm-eval's own figures: means, perplexities."""
@@ -115,10 +86,10 @@ class Built:
 
 @dataclass(frozen=True)
 class Suite:
-    """The tasks of a run. ``groups``: of each group, the weight of each of its tasks in the group's mean."""
+    """The tasks of a run, and lm-eval's groups of them by name."""
 
     tasks: dict[str, Built]
-    groups: dict[str, dict[str, float]]
+    groups: dict[str, Group]
 
     def run(
         self,
@@ -206,7 +177,7 @@ def load_suite(config: EvaluateConfig) -> Suite:
         ) from error
     tasks = {name: _build(name, task, config) for name, task in loaded["tasks"].items()}
     random.setstate(random_state)  # lm-eval draws names for tasks, also where it does not need them
-    return Suite(tasks, {name: _weights(group, tasks) for name, group in loaded.get("groups", {}).items()})
+    return Suite(tasks, loaded.get("groups", {}))
 
 
 def _manager(config: EvaluateConfig) -> TaskManager:
@@ -257,14 +228,3 @@ def _build(name: str, task: Task, config: EvaluateConfig) -> Built:
         built.instances.append(made if isinstance(made, list) else [made])
     task._instances = list(itertools.chain(*built.instances))  # for its filters
     return built
-
-
-def _weights(group: Group, tasks: Mapping[str, Built]) -> dict[str, float]:
-    """Of each task in the group's mean: by size where the group says so (lm-eval's ``mmlu``), else members alike."""
-    by_size = any(metric.weight_by_size for metric in group.aggregate_metric_list or [])
-    members = [_weights(m, tasks) if isinstance(m, Group) else {m.task_name: 1.0} for m in group]
-    sizes = [sum(len(tasks[name].docs) for name in member) if by_size else 1 for member in members]
-    shares = [size / sum(sizes) for size in sizes]
-    return {
-        name: share * weight for share, member in zip(shares, members, strict=True) for name, weight in member.items()
-    }

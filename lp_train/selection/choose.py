@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lp_train import models
+from lp_train.cluster.launch import say
 from lp_train.config import Config
 from lp_train.data import RowCollator
 from lp_train.pairing import AutoPairs, PairPlan
@@ -31,16 +31,15 @@ def choose_plan(
     rows: Dataset | None,
     tokenizer: PreTrainedTokenizerBase,
     state: PartialState,
-    say: Callable[..., Any],
-) -> tuple[Config, PairPlan]:
+) -> tuple[Config, PairPlan, nn.Module | None]:
     """``plan`` is what the configuration says; where it is None, pairs are chosen on the calibration ``rows`` and stand
-    in the configuration that is returned. Every process gets the same.
+    in the configuration that is returned, and the base that was loaded for it comes too. Every process gets the same.
 
     Raises:
         UserError: as :func:`greedy`.
     """
     if plan is not None:
-        return config, plan
+        return config, plan, None
     wanted = AutoPairs.parse(config.plan.pairs)
     assert wanted is not None and rows is not None
     calibration = calibrate(config, rows, tokenizer, state)
@@ -50,4 +49,5 @@ def choose_plan(
     plan = PairPlan.parse(pairs, num_layers=calibration.num_layers).control(config.plan.kind, config.plan.remove)
     costs = f"KL {path[-1].kl:.4f} nats per token there"
     say(f"{config.plan.pairs}: {plan}, {costs}; kept in {calibration.folder}")
-    return dataclasses.replace(config, plan=dataclasses.replace(config.plan, pairs=pairs)), plan
+    config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, pairs=pairs))
+    return config, plan, calibration.model

@@ -23,11 +23,11 @@ from lp_train import models
 from lp_train.config import load_config
 from lp_train.data import build_data
 from lp_train.errors import UserError
-from lp_train.evaluation.generation import prompts_of
 from lp_train.pairing import PairPlan, pair_layers, unpair_layers
 from lp_train.pairing.families import decoder_of
 from lp_train.pairing.fuse import fuse
 from lp_train.run_folder import CONFIG
+from run_evaluation.answers import prompts_of
 
 
 @torch.no_grad()

@@ -19,21 +19,19 @@ import numpy as np
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from lp_train import models
 from lp_train.config import Config
-from lp_train.data import RowCollator, build_data
+from lp_train.data import data_of
 from lp_train.errors import UserError
-from lp_train.evaluation import generation
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, Variant, as_it_is
-from lp_train.evaluation.generation import Answers
-from lp_train.evaluation.statistics import Comparison, compare, mean_of
-from lp_train.evaluation.tasks import Items, Suite, is_perplexity, load_suite
+from lp_train.evaluation.tasks import Items, Suite, load_suite
 from lp_train.pairing import PairPlan, keep_originals, pair_layers, sequential, unpair_layers
 from lp_train.pairing.families import decoder_of
+from run_evaluation.answers import Answers, answer_held_out, describe
+from run_evaluation.tasks import item_lines, task_sections
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,6 @@ class Session:
 
     config: Config
     bench: Bench
-    tokenizer: PreTrainedTokenizerBase
     suite: Suite
     timing: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0})
 
@@ -100,21 +97,11 @@ def evaluate(
 
 
 def _session(config: Config, state: PartialState) -> Session:
-    dtype = models.resolve_dtype(config.model.dtype, state.device)
-    tokenizer, length = models.load_tokenizer(config.model), config.train["max_length"]
-    suite = load_suite(config.evaluate)
+    tokenizer, suite = models.load_tokenizer(config.model), load_suite(config.evaluate)
     with state.main_process_first():
-        data = build_data(
-            config.data,
-            tokenizer,
-            max_length=length,
-            train_tokens=length,  # none is used: the held-out text does not depend on it
-            eval_tokens=config.evaluate.tokens,
-            kd_on=config.loss.kd_on,
-            seed=config.train["seed"],
-        )
-    bench = Bench(config, data, RowCollator(length, tokenizer.pad_token_id), state, dtype)
-    return Session(config, bench, tokenizer, suite)
+        # of the training text none is used: the held-out text does not depend on it
+        data = data_of(config, tokenizer, train_tokens=config.train["max_length"])
+    return Session(config, Bench(config, data, tokenizer, state), suite)
 
 
 def _plan(config: Config, folder: Path | None) -> tuple[PairPlan, str]:
@@ -153,11 +140,11 @@ def _measure(session: Session, model: nn.Module, name: str, known: Results) -> R
     this: dict[str, Variant] = {name: as_it_is}
     variants = this if known else {"sequential": sequential, **this}
     bench, options = session.bench, session.config.evaluate
-    fidelity, answers = bench.measure(model, this), bench.generate(model, session.tokenizer, this)
+    fidelity, answers = bench.measure(model, this), answer_held_out(bench, model, this)
     items: dict[str, dict[str, Items]] = {}
     if session.suite.tasks:
         where = (bench.dtype, bench.state, options.task_batch_size)
-        items, timing = session.suite.run(model, session.tokenizer, variants, *where)
+        items, timing = session.suite.run(model, bench.tokenizer, variants, *where)
         session.timing.update({key: session.timing[key] + value for key, value in timing.items()})
     return known | {model: Result(fidelity[model], items.get(model, {}), answers.get(model)) for model in variants}
 
@@ -168,8 +155,9 @@ def _measure(session: Session, model: nn.Module, name: str, known: Results) -> R
 def _document(session: Session, name: str, plan: PairPlan, algebra: str, runs: Sequence[Results]) -> dict[str, Any]:
     """The sections of one run, or of several seeds of one recipe, which differ in ``recovered`` alone."""
     first, options = runs[0], session.config.evaluate
-    fidelity = {model: Fidelity.mean([run[model].fidelity for run in runs]) for model in first}
+    fidelity = {model: mean_fidelity([run[model].fidelity for run in runs]) for model in first}
     answers = [{model: result.answers for model, result in run.items() if result.answers} for run in runs]
+    items = [{model: result.items for model, result in run.items()} for run in runs]
     return {
         "name": name,
         "plan": reports.plan_section(plan, algebra),
@@ -180,59 +168,16 @@ def _document(session: Session, name: str, plan: PairPlan, algebra: str, runs: S
         **reports.fidelity_sections(fidelity, plan, session.bench.data.domains),
         "environment": reports.environment(session.bench.state.device),
         "task_timing": dict(session.timing),
-        **({"generation": generation.describe(answers, options.generation_tokens)} if answers[0] else {}),
-        **task_sections(session.suite, runs),
-        "items": list(_item_lines(session.suite, first)) if len(runs) == 1 else [],
+        **({"generation": describe(answers, options.generation_tokens)} if answers[0] else {}),
+        **task_sections(session.suite, items),
+        "items": list(item_lines(session.suite, items[0])) if len(runs) == 1 else [],
     }
 
 
-def task_sections(suite: Suite, runs: Sequence[Results]) -> dict[str, Any]:
-    """``tasks`` and ``groups``: figures of each model, and comparisons with the original on the same items."""
-    tasks: dict[str, Any] = {}
-    compared: dict[str, dict[str, Comparison]] = {}  # model, task
-    for task, built in suite.tasks.items():
-        of_task = {model: [run[model].items[task] for run in runs] for model in sorted(runs[0])}
-        figures = {model: [built.figures(items) for items in seeds] for model, seeds in of_task.items()}
-        for model, comparison in _comparisons(of_task, built.primary, built.chance).items():
-            compared.setdefault(model, {})[task] = comparison
-        tasks[task] = {
-            "items": len(built.docs),
-            "num_fewshot": built.task.config.num_fewshot,
-            "fewshot_source": built.fewshot_source,
-            "metric": built.primary,
-            "chance": built.chance,
-            "unit": "nats" if is_perplexity(built.primary) else "share",
-            "results": {
-                m: {k: float(np.mean([f[k] for f in seeds])) for k in seeds[0]} for m, seeds in figures.items()
-            },
-            "comparisons": {model: of_model[task].as_dict() for model, of_model in compared.items()},
-        }
-    groups = {}
-    for group, shares in suite.groups.items():
-        if not any(is_perplexity(suite.tasks[task].primary) for task in shares):
-            chances = {task: suite.tasks[task].chance for task in shares}
-            means = {model: mean_of(of_model, shares, chances) for model, of_model in compared.items()}
-            groups[group] = {"shares": shares, "comparisons": {model: mean.as_dict() for model, mean in means.items()}}
-    return {"tasks": tasks, "groups": groups}
-
-
-def _comparisons(of_task: Mapping[str, Sequence[Items]], metric: str, chance: float) -> dict[str, Comparison]:
-    """Each model's items, of one or more seeds, against the original's."""
-    values = {model: np.stack([items.sums(metric)[0] for items in seeds]) for model, seeds in of_task.items()}
-    weights, floor = of_task["sequential"][0].sums(metric)[1], None if is_perplexity(metric) else chance
-    values = {model: seeds if model == "recovered" else seeds[:1] for model, seeds in values.items()}
-    original = values.pop("sequential")[0]
-    return {model: compare(original, seeds, weights, floor) for model, seeds in values.items()}
-
-
-def _item_lines(suite: Suite, results: Results) -> Iterator[dict[str, Any]]:
-    for task, built in suite.tasks.items():
-        for i, doc_id in enumerate(built.doc_ids):
-            line: dict[str, Any] = {"task": task, "doc_id": doc_id}
-            for model, result in results.items():
-                metrics = {name: values[i] for name, values in result.items[task].metrics.items()}
-                line[model] = {"responses": result.items[task].responses[i], **metrics}
-            yield line
+def mean_fidelity(seeds: Sequence[Fidelity]) -> Fidelity:
+    """Of several seeds of one recipe on the same rows."""
+    columns = (field.name for field in dataclasses.fields(Fidelity))
+    return Fidelity(*(np.mean([getattr(seed, name) for seed in seeds], axis=0) for name in columns))
 
 
 def write(folder: Path, document: dict[str, Any]) -> None:

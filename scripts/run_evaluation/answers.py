@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lp_train.cluster.shard import in_parts, inside
 from lp_train.data.rows import IGNORED, RowCollator
-from lp_train.evaluation.fidelity import Fidelity, Variant, evaluating, measure, shared_out, standard_error
+from lp_train.evaluation.bench import Bench, generate
+from lp_train.evaluation.fidelity import Fidelity, Variant, measure, shared_out, standard_error
+from lp_train.pairing import sequential
 
 PROMPT_TOKENS = 64
 
@@ -99,35 +98,16 @@ def answer_all(
     return {name: Answers(tokens[name], along[name]) for name in variants}
 
 
-def answer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
-    """The model's greedy continuation of a prompt, a chat turn where the tokenizer has a chat template."""
-    text: Any = prompt
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    return str(tokenizer.decode(generate(model, tokenizer, inputs, new_tokens)[0], skip_special_tokens=True))
-
-
-def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, new_tokens: int) -> list[list[int]]:
-    """Greedy answers to prompts [B, T], each up to its end token, with a cache and without a model's own penalties."""
-    inputs = prompts.to(next(model.parameters()).device)
-    end = tokenizer.eos_token_id
-    with evaluating(model):
-        greedy = functools.partial(
-            model.generate,
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            eos_token_id=end,
-            pad_token_id=int(tokenizer.pad_token_id or 0),
-            synced_gpus=True if in_parts(model) and dist.is_initialized() else None,
-        )
-        made = inside(model, greedy)[:, inputs.shape[1] :].tolist()
-    return [answer[: answer.index(end) + 1] if end in answer else answer for answer in made]
+def answer_held_out(bench: Bench, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, Answers]:
+    """Greedy answers to the beginnings of held-out documents, of the original (``sequential``) and each variant; empty
+    without ``evaluate.generation_prompts`` or where all documents are too short."""
+    options, where = bench.config.evaluate, (bench.state.process_index, bench.state.num_processes)
+    prompts = prompts_of(bench.data.eval, options.generation_prompts)
+    if not len(prompts):
+        return {}
+    given = {"sequential": sequential, **variants}
+    how = (options.batch_size, bench.autocast, *where)
+    return answer_all(model, bench.tokenizer, prompts, options.generation_tokens, given, *how)
 
 
 def _agreed(original: list[int], other: list[int]) -> int:
