@@ -37,13 +37,13 @@ from benchmarks.case import SHAPES, Case
 from lp_train import models
 from lp_train.cluster.launch import quieten_libraries
 from lp_train.config import load_config
-from lp_train.errors import UserError, exit_code
+from lp_train.errors import UserError, command_line, exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     quieten_libraries()
-    return exit_code(lambda: options.run(options))
+    return exit_code(lambda: options.run(options), options.debug)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -98,7 +98,7 @@ def variants_of(text: str) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = command_line("bench.py", __doc__)
     commands = top.add_subparsers(required=True)
     one = commands.add_parser("train", help="training steps: ours and what a user would otherwise run")
     one.set_defaults(run=train)
@@ -138,6 +138,8 @@ def parser() -> argparse.ArgumentParser:
     over.add_argument("config", help="a YAML file with evaluate.tasks")
     over.add_argument("overrides", nargs="*", metavar="key.path=value")
     over.add_argument("--repeats", type=positive, default=2, help="default %(default)s")
+    for command in commands.choices.values():  # --debug also behind the benchmark's name
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
 
 
