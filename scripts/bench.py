@@ -8,6 +8,7 @@ Of tasks: lm-eval over our model object beside the bare model. Of inference: in 
     python scripts/bench.py infer --shape llama-8b --modes graph --batches 1 --contexts 512 --out runs/infer.jsonl
     python scripts/bench.py predict runs/infer.jsonl
     python scripts/bench.py scaling configs/llama8b.yaml train.gradient_checkpointing=true
+    python scripts/bench.py expect configs/llama8b.yaml
     python scripts/bench.py draft runs/demo --prompts 4
     python scripts/bench.py harness configs/smollm2_135m.yaml evaluate.tasks=[hellaswag_local] evaluate.task_data=DATA
 
@@ -32,7 +33,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from benchmarks import draft, infer, losses, many_gpus, predict, results, sweep, table, training
+from benchmarks import draft, expect, infer, losses, many_gpus, predict, results, sweep, table, training
 from benchmarks.case import SHAPES, Case
 from lp_train import models
 from lp_train.cluster.launch import quieten_libraries
@@ -130,6 +131,9 @@ def parser() -> argparse.ArgumentParser:
     computed = commands.add_parser("scaling", help="COMPUTED memory and communication of DDP, ZeRO and FSDP2 on N GPUs")
     computed.set_defaults(run=many_gpus.command)
     many_gpus.add_options(computed)
+    expected = commands.add_parser("expect", help="COMPUTED memory and time of a recipe, MEASURED where it was")
+    expected.set_defaults(run=expect.command)
+    expect.add_options(expected)
     assisted = commands.add_parser("draft", help="lossless use: a run's fused model as the draft of its original")
     assisted.set_defaults(run=draft.command)
     draft.add_options(assisted)
