@@ -1,11 +1,14 @@
 """``lp-train``: every command by its name, help that can be copied, and what an installed wheel can do."""
 
+import argparse
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +30,26 @@ def test_its_help_names_every_command(arguments: list[str], capsys: pytest.Captu
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
     assert all(f"    lp-train {name} " in shown for name in cli.COMMANDS)
+
+
+class Understood(Exception):
+    """A command has read its arguments, and would begin."""
+
+
+@pytest.mark.parametrize("command", re.findall(r"^    lp-train ([^#\n]+)", cli.__doc__ or "", flags=re.MULTILINE))
+def test_every_example_of_its_help_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser
+    for name in ("parse_args", "parse_intermixed_args"):
+        read = getattr(parser, name.replace("parse_", "parse_known_"))
+
+        def parse(self: argparse.ArgumentParser, arguments: list[str], read: Any = read) -> None:
+            _, unknown = read(self, arguments)
+            assert not unknown
+            raise Understood
+
+        monkeypatch.setattr(parser, name, parse)
+    with pytest.raises(Understood):
+        cli.main(command.split())
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -1,21 +1,15 @@
-"""The recipes: their tables are what the calculators and the stored measurements say, their commands are understood."""
+"""The recipes: their tables are what the calculators and the stored measurements say."""
 
-import argparse
 import json
 import re
-import shlex
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_run
-from test_documents import DOCUMENTS
 from transformers import PreTrainedTokenizerFast
 
 import bench
 from benchmarks import expect
-from lp_train import cli
 from lp_train.config import load_config
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError
@@ -33,8 +27,6 @@ ESTIMATES = {
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["lp-train"])
-    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 def test_every_model_of_the_overview_has_a_page() -> None:
@@ -67,44 +59,6 @@ def test_the_head_of_a_config_has_the_memory_of_its_dry_run(name: str, capsys: p
     dry_run(load_config(f"configs/{name}", ["data.train=builtin:pydocs"]), 1)
     (total,) = re.findall(r"^  sum +([\d.]+) GiB", capsys.readouterr().out, flags=re.MULTILINE)
     assert f"{float(total):.0f}" == ESTIMATES[name]
-
-
-# --- commands --------------------------------------------------------------------------------------------------------
-
-
-class Understood(Exception):
-    pass
-
-
-def commands() -> list[str]:
-    """Every ``lp-train`` command in a line of its own, in the documents and in the program's own help."""
-    found: dict[str, None] = {}
-    for text in (cli.__doc__ or "", *(document.read_text() for document in DOCUMENTS)):
-        model = re.search(r"^ *MODEL=(\w+)", text, flags=re.MULTILINE)
-        for line in text.replace("\\\n", " ").splitlines():
-            if match := re.match(r"\s*(?:\$ )?lp-train ([^#`]+)", line):
-                found[match[1].strip().replace("$MODEL", model[1] if model else "$MODEL")] = None
-    return list(found)
-
-
-@pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_documents_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to its parsed arguments; a configuration of ours is read with its overrides."""
-    parser = argparse.ArgumentParser
-    for name in ("parse_args", "parse_intermixed_args"):
-        read = getattr(parser, name.replace("parse_", "parse_known_"))
-
-        def parse(self: argparse.ArgumentParser, arguments: Any, read: Any = read) -> None:
-            namespace, unknown = read(self, arguments)
-            assert not unknown
-            if str(config := getattr(namespace, "config", None)).startswith("configs/"):
-                given = [*getattr(namespace, "overrides", []), *getattr(namespace, "rest", [])]
-                load_config(config, [argument for argument in given if "=" in argument])
-            raise Understood
-
-        monkeypatch.setattr(parser, name, parse)
-    with pytest.raises(Understood):
-        cli.main(shlex.split(command))
 
 
 # --- expect ----------------------------------------------------------------------------------------------------------
