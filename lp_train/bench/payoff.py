@@ -54,15 +54,16 @@ def rates(dtype: torch.dtype, where: torch.device) -> Rates:
     a, b = (torch.full((size, size), 0.01, dtype=dtype, device=where) for _ in range(2))
     source = torch.ones(numbers, device=where)
     target = torch.empty_like(source)
-    products = seconds(lambda: torch.mm(a, b), where)
-    return Rates(2 * size**3 / products, 8 * numbers / seconds(lambda: target.copy_(source), where))
+    product, copied = seconds(where, lambda: torch.mm(a, b), lambda: target.copy_(source))
+    return Rates(2 * size**3 / product, 8 * numbers / copied)
 
 
+@torch.no_grad()
 def decoding(model: nn.Module, where: torch.device, room_gib: float) -> Decoding:
-    """Times layers of a paired ``model``'s shape (one on meta will do), of which ``room_gib`` hold two.
+    """Times layers of a paired ``model``'s shape (one on meta will do) in ``room_gib`` of memory.
 
     Raises:
-        UserError: no pair that can be fused (with the reason), or too little room for two layers.
+        UserError: no pair that can be fused (with the reason), or too little room for two layers and a wide one.
     """
     (plan, algebra), dtype, config = plan_of(model), model.dtype, model.config
     made, kept = blocks(model)
@@ -71,25 +72,33 @@ def decoding(model: nn.Module, where: torch.device, room_gib: float) -> Decoding
         raise UserError(f"no pair can be fused, so none is faster: {'; '.join(dict.fromkeys(kept.values()))}")
     small = _two_layers(config, wide[0])
     with torch.device("meta"):
-        two = AutoModelForCausalLM.from_config(small, dtype=dtype)
-        head = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
-    need = max(sum(p.nbytes for p in two.parameters()), head.nbytes) / GIB
-    if need > room_gib / 2:
-        raise UserError(f"not timed: two layers or the head take {need:.1f} GiB, {room_gib:.1f} are free")
-    two_seconds = _token_seconds(two, where)
-    with torch.device("meta"):
-        paired = pair_layers(AutoModelForCausalLM.from_config(small, dtype=dtype), PairPlan.parse("0:2", 2), algebra)
+        two, paired = (AutoModelForCausalLM.from_config(small, dtype=dtype) for _ in range(2))
+        pair_layers(paired, PairPlan.parse("0:2", num_layers=2), algebra)
         fused = CLASSES[config.model_type][1](config_of(paired, [(0, 1)])).to(dtype)
-    two.config.num_hidden_layers = 1  # Transformers runs as many
-    one_seconds, wide_seconds = _token_seconds(two, where), _token_seconds(fused, where)
-    head = torch.full_like(head, 0.01, device=where)
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+    models = (two, fused, head)
+    need = sum(p.nbytes for part in models for p in part.parameters()) / GIB
+    if need > room_gib:
+        raise UserError(f"not timed: four layers and the head take {need:.1f} GiB, {room_gib:.1f} are free")
+    for part in models:
+        part.to_empty(device=where).eval()
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.fill_(0.01)
+    token = torch.ones(1, 1, dtype=torch.long, device=where)
     hidden = torch.full((1, config.hidden_size), 0.01, dtype=dtype, device=where)
-    head_seconds = seconds(lambda: nn.functional.linear(hidden, head), where)
-    return predicted(two_seconds, one_seconds, wide_seconds, plan.num_layers, len(wide), head_seconds)
+
+    def in_order(layers: int) -> None:
+        two.config.num_hidden_layers = layers  # Transformers runs as many
+        two(token, use_cache=False)
+
+    times = seconds(
+        where, lambda: in_order(2), lambda: in_order(1), lambda: fused(token, use_cache=False), lambda: head(hidden)
+    )
+    return predicted(*times, layers=plan.num_layers, pairs=len(wide))
 
 
-def predicted(two: float, one: float, wide: float, layers: int, pairs: int, head: float) -> Decoding:
-    """By the rule above, from the seconds of models of two layers, one layer, and one wide layer."""
+def predicted(two: float, one: float, wide: float, head: float, *, layers: int, pairs: int) -> Decoding:
+    """By the rule above, from the seconds of models of two layers, one layer and one wide layer, and of the head."""
     layer = max(two - one, 0.0) or two / 2
     step = two + (layers - 2) * layer + head
     return Decoding(step, step - pairs * (two - wide))
@@ -105,21 +114,18 @@ def _two_layers(config: Any, pair: tuple[int, ...]) -> Any:
     return small
 
 
-@torch.no_grad()
-def _token_seconds(model: Any, where: torch.device) -> float:
-    model = model.to_empty(device=where).eval()
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.fill_(0.01)
-    token = torch.ones(1, 1, dtype=torch.long, device=where)
-    return seconds(lambda: model(token, use_cache=False), where)
-
-
-def seconds(run: Callable[[], Any], where: torch.device) -> float:
-    """The fastest of as many runs as fit into ``BUDGET``, after a first one; where that does not fit, its time."""
-    taken = [_once(run, where)]
-    while taken[0] < BUDGET and sum(taken[1:]) < BUDGET:
-        taken.append(_once(run, where))
-    return min(taken[1:] or taken)
+def seconds(where: torch.device, *runs: Callable[[], Any]) -> list[float]:
+    """The fastest time of each: in turns, so that what disturbs one disturbs all, for ``BUDGET`` each after a first
+    turn; of a first turn that takes as long, its times."""
+    times = [[_once(run, where)] for run in runs]
+    left = BUDGET * len(runs)
+    if sum(first for (first,) in times) >= left:
+        return [first for (first,) in times]
+    while left > 0:
+        for run, taken in zip(runs, times, strict=True):
+            taken.append(_once(run, where))
+            left -= taken[-1]
+    return [min(taken[1:]) for taken in times]
 
 
 def _once(run: Callable[[], Any], where: torch.device) -> float:

@@ -262,6 +262,8 @@ def _device(dtype: torch.dtype, where: torch.device, rates: payoff.Rates) -> str
     slow = dtype == torch.bfloat16 and not models.multiplies_bf16(where)
     speeds = f"{rates.flops / 1e12:,.3g} TFLOP/s in products, {rates.bytes / 1e9:,.3g} GB/s in copies"
     note = "; it has no bf16 of its own, so set model.dtype=auto" if slow else ""
+    if where.type == "cpu" and (load := os.getloadavg()[0]) > (os.cpu_count() or 1) + 0.5:
+        note += f"; it is busy (load {load:.1f}), so all times here are too long"
     return f"{what}, {str(dtype).removeprefix('torch.')}: {speeds}{note}"
 
 
