@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import errno
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,7 +25,12 @@ class UserError(ValueError):
 
 def command_line(program: str, description: str | None, config: str | None = None) -> argparse.ArgumentParser:
     """A command's parser, whose help is the program's docstring, with ``--debug``; where it reads a configuration also
-    with ``config`` and ``overrides``, such as the one given here."""
+    with ``config`` and ``overrides``, such as the one given here. Under ``lp-train`` the program and its examples go by
+    that name."""
+    called = Path(sys.argv[0]).name
+    if called.startswith("lp-train "):
+        launched = rf"(?:python(?: -m)?|accelerate launch) [\w/.]*\b{re.escape(program)}(?!\w)"
+        program, description = called, re.sub(launched, called, description or "")
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -48,7 +48,7 @@ from lp_train.distill.compiled import choose_engine
 from lp_train.distill.healed import HEAL, fit
 from lp_train.distill.trainer import PairedTrainer, peak_memory_gib
 from lp_train.dry_run import dry_run
-from lp_train.errors import UserError, exit_code
+from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation import report as reports
 from lp_train.evaluation import tables
 from lp_train.evaluation.bench import Bench
@@ -65,17 +65,12 @@ from lp_train.selection.choose import choose_plan
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs, and returns the exit code: 2 for a mistake of the user, told in one line, and 85
     where a signal stopped it, to go on with --resume."""
-    parser = argparse.ArgumentParser(
-        prog="finetune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. train.max_steps=100")
+    parser = command_line("finetune.py", __doc__, "train.max_steps=100")
     parser.add_argument("--dry-run", action="store_true", help="draw the plan and the costs; load no weights")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run folder")
     parser.add_argument("--requeue", action="store_true", help="when a signal stops it, queue this Slurm job again")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in the run folder")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
     try:

@@ -347,7 +347,9 @@ def _result_folder(path: str) -> Path:
         try:
             return Path(snapshot_download(path))
         except (OSError, HFValidationError) as error:
-            raise UserError(f"{path!r}: neither a folder nor a repository that can be reached ({error})") from error
+            reason = " ".join(str(error).split())[:160]
+            rule = f"neither a folder nor a repository that can be reached ({reason})"
+            raise UserError(f"{path!r}: {rule}; check the name, and the network for a hub id") from error
     if (folder / "adapter").is_dir() or (folder / "model").is_dir():
         return folder / ("adapter" if (folder / "adapter").is_dir() else "model")
     if (folder / "resolved_config.yaml").exists():

@@ -8,6 +8,7 @@ Of tasks: lm-eval over our model object beside the bare model. Of inference: in 
     python scripts/bench.py infer --shape llama-8b --modes graph --batches 1 --contexts 512 --out runs/infer.jsonl
     python scripts/bench.py predict runs/infer.jsonl
     python scripts/bench.py scaling configs/llama8b.yaml train.gradient_checkpointing=true
+    python scripts/bench.py expect configs/llama8b.yaml
     python scripts/bench.py draft runs/demo --prompts 4
     python scripts/bench.py harness configs/smollm2_135m.yaml evaluate.tasks=[hellaswag_local] evaluate.task_data=DATA
 
@@ -32,18 +33,18 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from benchmarks import draft, infer, losses, many_gpus, predict, results, sweep, table, training
+from benchmarks import draft, expect, infer, losses, many_gpus, predict, results, sweep, table, training
 from benchmarks.case import SHAPES, Case
 from lp_train import models
 from lp_train.cluster.launch import quieten_libraries
 from lp_train.config import load_config
-from lp_train.errors import UserError, exit_code
+from lp_train.errors import UserError, command_line, exit_code
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     quieten_libraries()
-    return exit_code(lambda: options.run(options))
+    return exit_code(lambda: options.run(options), options.debug)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -98,7 +99,7 @@ def variants_of(text: str) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = command_line("bench.py", __doc__)
     commands = top.add_subparsers(required=True)
     one = commands.add_parser("train", help="training steps: ours and what a user would otherwise run")
     one.set_defaults(run=train)
@@ -130,6 +131,9 @@ def parser() -> argparse.ArgumentParser:
     computed = commands.add_parser("scaling", help="COMPUTED memory and communication of DDP, ZeRO and FSDP2 on N GPUs")
     computed.set_defaults(run=many_gpus.command)
     many_gpus.add_options(computed)
+    expected = commands.add_parser("expect", help="COMPUTED memory and time of a recipe, MEASURED where it was")
+    expected.set_defaults(run=expect.command)
+    expect.add_options(expected)
     assisted = commands.add_parser("draft", help="lossless use: a run's fused model as the draft of its original")
     assisted.set_defaults(run=draft.command)
     draft.add_options(assisted)
@@ -138,6 +142,8 @@ def parser() -> argparse.ArgumentParser:
     over.add_argument("config", help="a YAML file with evaluate.tasks")
     over.add_argument("overrides", nargs="*", metavar="key.path=value")
     over.add_argument("--repeats", type=positive, default=2, help="default %(default)s")
+    for command in commands.choices.values():  # --debug also behind the benchmark's name
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top
 
 

@@ -14,3 +14,4 @@ accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision n
     --num_cpu_threads_per_process "${OMP_NUM_THREADS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}" \
     lp_train/finetune.py configs/demo.yaml --overwrite "$@"
 echo "demo: $((SECONDS - setup_seconds)) s of work after $setup_seconds s of set-up"
+echo "next: source .venv/bin/activate; lp-train export runs/demo runs/demo-fused; lp-train --help"

@@ -1,6 +1,6 @@
 """Measures a model run in order, its pairs untuned, and what runs made of them: fidelity and tasks, side by side.
 
-    python scripts/evaluate_run.py runs/demo/resolved_config.yaml runs/demo evaluate.tasks='[seven]' \
+    python scripts/evaluate_run.py runs/demo/resolved_config.yaml runs/demo evaluate.tasks='[seven]' \\
         evaluate.task_data=PATH
     python scripts/evaluate_run.py configs/demo.yaml runs/seed0 runs/seed1 --pool --output runs/both
     accelerate launch --num_processes 8 scripts/evaluate_run.py CONFIG RUN evaluate.tasks='[paper]' ...

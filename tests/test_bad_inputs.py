@@ -116,9 +116,23 @@ def unfinished(place: Place) -> Path:
     return folder
 
 
+def hub_out_of_reach(place: Place) -> tuple[str]:
+    """As it is told by the hub's client without a network, in two lines."""
+
+    def refuse(name: str) -> None:
+        raise OSError("Got: ConnectError\nAn error happened, " + "please check " * 20)
+
+    place.patch.setattr("huggingface_hub.snapshot_download", refuse)
+    return ("runs/nothing",)
+
+
 LOADED: dict[str, tuple[Callable[[Place], tuple[Any, ...]], str]] = {
     "nothing there": (lambda place: (place.own / "none",), r"/none'?: there is no such folder; give a run folder"),
     "hub id without network": (lambda place: ("nobody/nothing",), r"'nobody/nothing': neither a folder nor a repos"),
+    "hub out of reach": (
+        hub_out_of_reach,
+        r"reached \(Got: ConnectError An error .{,140}\); check the name, and the net",
+    ),
     "folder of something else": (lambda place: (place.folder("x"),), r"/x'?: neither an adapter .* nor a model"),
     "run that has not finished": (lambda place: (unfinished(place),), r"has not finished: no adapter/.*--resume"),
     "model without plan": (lambda place: (place.shared / "model",), r"/model'?: nothing in it says which layers were"),

@@ -7,6 +7,10 @@ One process on a CPU, without and with a configuration:
     python -m lp_train.cluster.doctor
     python -m lp_train.cluster.doctor configs/demo.yaml train.output_dir=/shared/runs/demo
 
+Will it pay? Expected speed-up, memory and training time on this machine, measured for seconds, without weights:
+
+    python -m lp_train.cluster.doctor --plan configs/demo.yaml
+
 Exit code 1 where a check FAILED. Keys are looked for, never shown.
 """
 
@@ -35,6 +39,8 @@ from torch import nn
 
 from lp_train import models, track
 from lp_train.adapters import count_parameters
+from lp_train.bench import payoff
+from lp_train.bench.flops import forward_costs, step_flops
 from lp_train.bench.memory import GIB
 from lp_train.bench.scaling import memory_per_gpu
 from lp_train.bench.shapes import build_on_meta
@@ -43,8 +49,9 @@ from lp_train.cluster.launch import check_engine, leave, quieten_libraries, requ
 from lp_train.config import Config, TrackConfig, load_config
 from lp_train.distill.arguments import split_of
 from lp_train.distill.compiled import choose_engine
-from lp_train.dry_run import plan_or_stand_in, read_model_config
-from lp_train.errors import UserError
+from lp_train.dry_run import count_steps, plan_or_stand_in, read_model_config
+from lp_train.errors import UserError, command_line, exit_code
+from lp_train.pairing import plan_of
 
 LEVELS = ("ok", "warning", "FAILED")
 PATIENCE = datetime.timedelta(seconds=120)  # for processes that do not answer
@@ -64,24 +71,32 @@ class Node(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, looks, and returns the exit code: 2 for a configuration that is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line("lp_train.cluster.doctor", __doc__)
     parser.add_argument("config", nargs="?", help="a YAML file; without it the checks that need none")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--plan", action="store_true", help="instead: will the configuration's plan pay here?")
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
-    try:
-        require_deepspeed()
-        config = load_config(options.config, options.overrides) if options.config else None
-        model = _shapes(config) if config else None
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    failed: list[bool] = []
+    return exit_code(lambda: failed.extend(run(options)), options.debug) or int(any(failed))
+
+
+def run(options: argparse.Namespace) -> list[bool]:
+    """Looks; whether each check FAILED."""
+    if options.plan and not options.config:
+        raise UserError("--plan: needs a configuration; give a YAML file, e.g. configs/demo.yaml")
+    require_deepspeed()
+    config = load_config(options.config, options.overrides) if options.config else None
+    model = _shapes(config) if config else None
     folder = Path(config.train["output_dir"] if config else ".").expanduser().absolute()
     folder = next(path for path in (folder, *folder.parents) if path.is_dir())
     state = PartialState(cpu=models.device().type == "cpu", timeout=PATIENCE)
-    failed = [look(check, Node(state, config, model, folder)) for check in CHECKS]
+    node = Node(state, config, model, folder)
+    if options.plan:
+        show_plan(node)
+    failed = [] if options.plan else [look(check, node) for check in CHECKS]
     leave(state)
-    return int(any(failed))
+    return failed
 
 
 def look(check: Callable[[Node], Finding], node: Node) -> bool:
@@ -185,6 +200,14 @@ def wandb(node: Node) -> Finding:
     return "ok", f"{mode}: {why}"
 
 
+def available_gib(where: torch.device) -> float:
+    """Of the GPU what is free, of a host's memory this process's part."""
+    if where.type == "cuda":
+        return torch.cuda.mem_get_info(where)[0] / GIB
+    pages = os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return pages * os.sysconf("SC_PAGE_SIZE") / GIB
+
+
 def memory(node: Node) -> Finding:
     state, config, model = node.state, node.config, node.model
     if config is None or model is None:
@@ -194,16 +217,79 @@ def memory(node: Node) -> Finding:
     need = sum(
         memory_per_gpu(model, config, kind := KINDS.get(engine.asked(), "ddp"), state.num_processes, rows, how).values()
     )
-    if state.device.type == "cuda":
-        have = torch.cuda.mem_get_info(state.device)[0] / GIB
-    else:
-        pages = os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        have = pages * os.sysconf("SC_PAGE_SIZE") / GIB
+    have = available_gib(state.device)
     text = f"{need:.1f} GiB by the estimate of --dry-run ({kind}), {have:.1f} there"
     if need < 0.9 * have:
         return "ok", text
     remedy = "set train.gradient_checkpointing=true, a smaller train.per_device_train_batch_size, or shard by FSDP2"
     return ("warning" if need < have else "FAILED"), f"{text}; {remedy}"
+
+
+def show_plan(node: Node) -> None:
+    """What the configuration's plan would bring and cost on this machine; each figure says where it comes from."""
+    config, model, where = node.config, node.model, node.state.device
+    assert config is not None and model is not None
+    (plan, algebra), costs = plan_of(model), forward_costs(model, config.train["max_length"])
+    rates, have = payoff.rates(model.dtype, where), available_gib(where)
+    need, cache = costs["paired"]["parameters"] * model.dtype.itemsize / GIB, costs["paired"]["kv_bytes_per_token"]
+    rows = [
+        ("this machine", "measured", _device(model.dtype, where, rates)),
+        (
+            "memory to run",
+            "computed",
+            f"{need:.1f} GiB and {1000 * cache / GIB:.2f} per 1,000 cached, {have:.1f} there",
+        ),
+        ("memory to train", "computed", memory(node)[1]),
+    ]
+    saved = 0.0
+    try:
+        took = payoff.decoding(model, where, have)
+        saved = took.in_order - took.fused
+        times = f"{1e3 * took.in_order:,.1f} ms a token in order, {1e3 * took.fused:,.1f} fused"
+        text = f"{took.in_order / took.fused:.2f} x: {times} (batch 1, eager; from layers timed here)"
+        rows.append(("speed-up", "predicted", text))
+    except UserError as error:
+        rows.append(("speed-up", "none", str(error)))
+    rows += _training(config, model, rates.flops * node.state.num_processes, where, saved)
+    rows.append(("accuracy", "none", "not predicted: see recipes/README.md, and what select says before training"))
+    if node.state.is_main_process:
+        print(f"{config.name}: {config.model.name_or_path}, {plan}, by {algebra}\n")
+        print("\n".join(f"{name:<16} {how:<10} {text}" for name, how, text in rows), flush=True)
+
+
+def _device(dtype: torch.dtype, where: torch.device, rates: payoff.Rates) -> str:
+    what = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    slow = dtype == torch.bfloat16 and not models.multiplies_bf16(where)
+    speeds = f"{rates.flops / 1e12:,.3g} TFLOP/s in products, {rates.bytes / 1e9:,.3g} GB/s in copies"
+    note = "; it has no bf16 of its own, so set model.dtype=auto" if slow else ""
+    if where.type == "cpu" and (load := os.getloadavg()[0]) > (os.cpu_count() or 1) + 0.5:
+        note += f"; it is busy (load {load:.1f}), so all times here are too long"
+    return f"{what}, {str(dtype).removeprefix('torch.')}: {speeds}{note}"
+
+
+def _training(
+    config: Config, model: nn.Module, flops: float, where: torch.device, saved: float
+) -> list[tuple[str, str, str]]:
+    """Lines on the time of training at ``flops`` FLOPs per second, and on the tokens that earn it back."""
+    steps, tokens = count_steps(config, model.dtype, None), config.train["global_batch_tokens"]
+    if steps is None:
+        return [("training", "none", "epochs of text that was not read: give train.max_steps for an estimate")]
+    work = step_flops(model, config, [config.train["max_length"]]).total(1, 1) * steps * tokens
+    times = {name: work / flops / share for name, share in payoff.SHARES[where.type].items()}
+    text = " to ".join(f"{spoken(took)} at {name}" for name, took in times.items())
+    rows = [("training", "predicted", f"{steps:,} steps of {tokens:,} tokens: {text} of these products")]
+    if saved > 0:
+        counts = " to ".join(f"{took / saved:,.0f}" for took in times.values())
+        rows.append(("paid back", "predicted", f"after {counts} tokens decoded at batch 1"))
+    return rows
+
+
+def spoken(seconds: float) -> str:
+    """In the largest unit of which there are two."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.1f} s"
 
 
 CHECKS = (versions, processes, gpus, shared_folder, disk, hub, wandb, memory)

@@ -106,7 +106,7 @@ def _case(options: Options) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()
-        if name not in ("run", "out")
+        if name not in ("run", "out", "debug")
     }
 
 

@@ -111,9 +111,9 @@ def command(options: argparse.Namespace) -> None:
     print(f"COMPUTED, not measured\n\n{text}\n\n{json.dumps({'computed': found})}")
 
 
-def in_page(page: str, tables: str) -> str:
+def in_page(page: str, tables: str, marks: tuple[str, str] = MARKS) -> str:
     """The page with these tables between its two marks."""
-    start, end = MARKS
+    start, end = marks
     return re.sub(f"{re.escape(start)}.*{re.escape(end)}", lambda _: f"{start}{tables}\n{end}", page, flags=re.DOTALL)
 
 

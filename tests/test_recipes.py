@@ -1,0 +1,104 @@
+"""The recipes: their tables are what the calculators and the stored measurements say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny_run
+from transformers import PreTrainedTokenizerFast
+
+import bench
+from benchmarks import expect
+from lp_train.config import load_config
+from lp_train.dry_run import dry_run
+from lp_train.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "recipes"
+COMPUTED = [page.parent.name for page in sorted(RECIPES.glob("*/README.md")) if expect.MARKS[0] in page.read_text()]
+ESTIMATES = {
+    path.name: match[1]
+    for path in sorted(ROOT.glob("configs/*.yaml"))
+    if (match := re.search(r"\((\d+) GiB by the estimate of --dry-run\)", path.read_text()))
+}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_model_of_the_overview_has_a_page() -> None:
+    listed = re.findall(r"^\| \[[^]]+\]\((\w+)/README\.md\)", (RECIPES / "README.md").read_text(), flags=re.MULTILINE)
+    assert {"llama3b", "llama8b", "llama2_7b", "qwen3_4b"} <= set(COMPUTED) < set(listed)
+    assert all((ROOT / "configs" / f"{name}.yaml").is_file() for name in COMPUTED)
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_the_table_of_a_page_is_what_its_command_writes(name: str) -> None:
+    page = (RECIPES / name / "README.md").read_text()
+    assert f"lp-train bench expect configs/{name}.yaml --page recipes/{name}/README.md" in page
+    made = expect.table(expect.rows(load_config(f"configs/{name}.yaml", [])))
+    assert made in page, f"write the page again by the command in it; the table now is\n{made}"
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_a_page_says_of_8_gpus_divides(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (RECIPES / name / "README.md").read_text()
+    asked = re.findall(r"On 8 GPUs add `([\w.=]+)`", page)
+    dry_run(load_config(f"configs/{name}.yaml", asked), 8)
+    assert "x 8 processes x 1024 = 32,768 tokens" in capsys.readouterr().out
+    if asked:
+        with pytest.raises(UserError, match="per_device_train_batch_size"):
+            dry_run(load_config(f"configs/{name}.yaml", []), 8)
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_the_head_of_a_config_has_the_memory_of_its_dry_run(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(load_config(f"configs/{name}", ["data.train=builtin:pydocs"]), 1)
+    (total,) = re.findall(r"^  sum +([\d.]+) GiB", capsys.readouterr().out, flags=re.MULTILINE)
+    assert f"{float(total):.0f}" == ESTIMATES[name]
+
+
+# --- expect ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> str:
+    model = tiny_run.save_model(tmp_path / "model", tiny_tokenizer)
+    path = tiny_run.write_config(tmp_path / "tiny.yaml", model, tiny_run.write_text(tmp_path / "text.jsonl"))
+    return str(path)
+
+
+def test_a_shape_without_measurements_has_computed_rows_alone(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{expect.MARKS[0]}old\n{expect.MARKS[1]}below\n")
+    command = ["expect", config, "train.global_batch_tokens=512", "--page", str(page)]
+    assert bench.main(command) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)["expected"]
+    assert [row[0] for row in found] == [
+        "train on 0.0 M tokens, one H100, 1 rows each",
+        "train on 0.0 M tokens, 8 H100 by DDP, 1 rows each",
+        "decode, in order or fused",
+    ]
+    assert all(source.startswith("computed") for *_, source in found)
+    assert page.read_text() == f"above\n{expect.MARKS[0]}{expect.table(found)}\n{expect.MARKS[1]}below\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.max_steps=null", "train.num_train_epochs=1"], "train.max_steps: missing, and epochs depend on"),
+        (["plan.pairs=2:9"], "pair"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    overrides: list[str], says: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(["expect", config, *overrides]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ") and says in shown and shown.count("\n") == 1
