@@ -87,7 +87,7 @@ def test_functions_and_files_are_short() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.*")), ids=lambda path: path.name)
 def test_every_configuration_loads(path: Path) -> None:
-    """Runs by our schema, engines by accelerate, shapes by Transformers; tasks are YAML here and run in test_tasks.py."""
+    """Runs by our schema, engines by accelerate, shapes by Transformers; tasks are YAML, and run in test_tasks.py."""
     folder = path.parent.name
     if path.suffix == ".yaml" and folder == "configs":
         load_config(path)
