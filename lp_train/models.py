@@ -37,13 +37,16 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 ADAPTER_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
 
 
-def write_folder(target: Path, write: Callable[[Path], Any]) -> Path:
-    """Calls ``write(folder)`` on a temporary folder and renames it to ``target``: whole or not there at all."""
+def write_folder(target: Path, write: Callable[[Path], Any], keep: bool = False) -> Path:
+    """Calls ``write(folder)`` on a temporary folder and renames it to ``target``: whole or not there at all. ``keep``:
+    what another process has put there meanwhile stays, since it is the same and may be being read."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         write(temporary)
         temporary.chmod(0o755)
+        if keep and target.exists():
+            return target
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
@@ -111,7 +114,7 @@ def _dequantised(folder: Path) -> Path:
         plain.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(folder, gguf_file=source.name).save_pretrained(temporary)
 
-    return target if (target / "config.json").exists() else write_folder(target, write)
+    return target if (target / "config.json").exists() else write_folder(target, write, keep=True)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

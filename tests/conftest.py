@@ -41,6 +41,16 @@ CHATML_TEMPLATE = (
 )
 
 
+# Files of tests that are begun first, in about this order, so that none is left at the end for one process alone.
+LONGEST = ["preemption", "engines", "bench_training", "compiled", "fuse_smollm2", "track", "tasks", "selection_run"]
+LONGEST += ["two_processes", "slurm", "smollm2"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 DRAW = Figure.savefig
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from forked import Forked
 from safetensors.torch import load_file
 from tiny_run import save_model, write_config, write_text
 from torch import Tensor
@@ -30,19 +31,26 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(command: Sequence[str], processes: int = 1, **environment: str) -> list[subprocess.Popen[str]]:
-    """``command`` as ranks of one world on gloo, as a launcher would start them; output goes to pipes."""
+Process = Forked | subprocess.Popen[str]
+
+
+def start(command: Sequence[str], processes: int = 1, afresh: bool = False, **environment: str) -> list[Process]:
+    """``command``, a file and its arguments, as ranks of one world on gloo, as a launcher would start them; output goes
+    to pipes. ``afresh``: with imports of its own, where it is the start itself that counts."""
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     world = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    started = []
+    started: list[Process] = []
     for rank in range(processes):
         ranked = {**env, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else env
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen([sys.executable, *command], env=ranked, **pipes))
+        if sys.platform == "linux" and not afresh:
+            started.append(Forked(command, ranked))
+        else:
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            started.append(subprocess.Popen([sys.executable, *command], env=ranked, text=True, **pipes))
     return started
 
 
-def start_engine(script: str, engine: str, *arguments: str, processes: int = 2) -> list[subprocess.Popen[str]]:
+def start_engine(script: str, engine: str, *arguments: str, processes: int = 2) -> list[Process]:
     """A script of this folder as ranks of an engine; all but DDP must begin with ``benchmarks.cpu_engines.pretend``."""
     pretended = PRETENDED if ENGINES[engine] else {}
     if processes == 1:  # also alone in a world, as a launcher would start it
@@ -52,7 +60,7 @@ def start_engine(script: str, engine: str, *arguments: str, processes: int = 2) 
     return start(command, processes, **ENGINES[engine], **pretended, PYTHONPATH=PATHS)
 
 
-def until(process: subprocess.Popen[str], line: str) -> str:
+def until(process: Process, line: str) -> str:
     """Reads the output up to a line that starts so; returns what was read. Fails where the process ends before."""
     assert process.stdout is not None
     read = []
@@ -63,7 +71,7 @@ def until(process: subprocess.Popen[str], line: str) -> str:
     raise AssertionError(f"ended without {line!r}:\n{''.join(read)}")
 
 
-def ends(processes: Sequence[subprocess.Popen[str]]) -> tuple[list[int], str]:
+def ends(processes: Sequence[Process]) -> tuple[list[int], str]:
     """Exit codes and the rest of the output."""
     output = "".join(process.communicate(timeout=600)[0] for process in processes)
     return [process.returncode for process in processes], output
@@ -77,13 +85,13 @@ class Program:
         model, text = save_model(folder / "model", tokenizer), write_text(folder / "text.jsonl", 160)
         self.config = write_config(folder / "tiny.yaml", model, text)
 
-    def start(self, name: str, *arguments: str, processes: int = 1, **environment: str) -> list[subprocess.Popen[str]]:
+    def start(self, name: str, *arguments: str, processes: int = 1, **how: Any) -> list[Process]:
         output = f"train.output_dir={self.folder / name}"
         command = [str(ROOT / "lp_train" / "finetune.py"), str(self.config), output, *self.options, *arguments]
-        return start(command, processes, **environment)
+        return start(command, processes, **how)
 
-    def run(self, name: str, *arguments: str, processes: int = 1, **environment: str) -> Path:
-        codes, output = ends(self.start(name, *arguments, processes=processes, **environment))
+    def run(self, name: str, *arguments: str, processes: int = 1, **how: Any) -> Path:
+        codes, output = ends(self.start(name, *arguments, processes=processes, **how))
         assert codes == [0] * processes, output
         return self.folder / name
 

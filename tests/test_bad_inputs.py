@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import tiny_run
 import transformers as hf
-from mistakes import MISTAKES, Place, broken_weights
+from mistake_files import Place, broken_weights
+from mistakes import MISTAKES
 from tiny_run import write_text
 
 import lp_train

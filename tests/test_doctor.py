@@ -99,7 +99,8 @@ from lp_train.cluster import doctor; sys.exit(doctor.main(sys.argv[1:]))
 def test_two_processes_that_share_no_folder(config: str, tmp_path: Path) -> None:
     for rank in "01":
         (tmp_path / f"node{rank}").mkdir()
-    command = ["-c", ON_ITS_OWN_DISK, str(tmp_path / "node"), config, "train.output_dir=."]
+    (tmp_path / "doctor.py").write_text(ON_ITS_OWN_DISK)
+    command = [str(tmp_path / "doctor.py"), str(tmp_path / "node"), config, "train.output_dir=."]
     codes, output = ends(start(command, 2, PYTHONPATH=str(ROOT)))
     assert codes == [1, 1], output
     found = lines(output)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import runpy
 import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks import trade_off
+from lp_train.config import load_config
 from lp_train.finetune import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,22 +23,93 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("re
 RESULTS = ROOT / "recipes" / "smollm2_135m" / "results"
 
 
+COMMAND = re.compile(r"(?:[A-Z]+=\S+ )*(?:accelerate|bash|git|lp-train|pip|python3?|pytest|sbatch|torchrun) [^#`]+")
+
+
 def commands() -> list[str]:
-    """Every finetune command of the documents, continued lines joined, without its comment."""
+    """Every command of the documents, in blocks and in lines, continued lines joined, without its comment."""
     found: dict[str, None] = {}
     for document in DOCUMENTS:
-        for line in document.read_text().replace("\\\n", " ").splitlines():
-            if match := re.match(r"\s*accelerate launch (?:--\S+ )*lp_train/finetune\.py (configs/[^#`]+)", line):
-                found[" ".join(match[1].split())] = None
+        text = document.read_text().replace("\\\n", " ")
+        lines = [line.strip() for line in text.splitlines()] + re.findall(r"`([^`\n]+)`", text)
+        found |= dict.fromkeys(" ".join(match[0].split()) for line in lines if (match := COMMAND.match(line)))
     return list(found)
 
 
-@pytest.mark.parametrize("command", commands())
+FINETUNE = re.compile(r"accelerate launch (?:--config_file (\S+) |--\S+ )*lp_train/finetune\.py (configs/(?!NAME).+)")
+TRAINS = [match[2] for command in commands() if (match := FINETUNE.match(command))]
+OTHERS = [command for command in commands() if not FINETUNE.match(command) and command != "accelerate launch --quiet"]
+
+
+@pytest.mark.parametrize("command", TRAINS)
 def test_every_finetune_command_dry_runs(command: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(ROOT)
     arguments = [a for a in shlex.split(command) if a != "--dry-run"]
     assert main([*arguments, "--dry-run"]) == 0
     assert "effective depth" in capsys.readouterr().out
+
+
+class Parsed(Exception):
+    """A program has understood its command line, and would begin."""
+
+
+@pytest.fixture
+def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("parse_args", "parse_intermixed_args"):
+        parse = getattr(argparse.ArgumentParser, name)
+
+        def stop(*arguments: object, parse: Callable[..., object] = parse) -> None:
+            raise Parsed(parse(*arguments))
+
+        monkeypatch.setattr(argparse.ArgumentParser, name, stop)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(ROOT)
+
+
+def python_program(words: list[str]) -> tuple[str, list[str]] | None:
+    """Of ``python PROGRAM ...`` and what launches the same: the file, and its arguments."""
+    if words[:2] == ["accelerate", "launch"]:
+        words = ["python", *(word for word in words[2:] if not word.startswith("--") or word == "--module")]
+        words = [word for word in words if not word.isdigit() and not word.startswith("configs/accelerate/")]
+        words = ["-m" if word == "--module" else word for word in words]
+    if words[0] == "lp-train":
+        return "lp_train/cli.py", words[1:]
+    if words[0] not in ("python", "python3"):
+        return None
+    if words[1] != "-m":
+        return words[1], words[2:]
+    file = words[2].replace(".", "/") + ".py"
+    return file if (ROOT / file).exists() else f"scripts/{file}", words[3:]
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_every_other_command_is_understood(
+    command: str, parse_only: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Python program by its own parser (one without runs), and its configuration with the overrides; of a shell's the
+    files are there."""
+    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z]+=\S+", word)]
+    given = [word for word in words[1:] if word.startswith(("configs/", "scripts/", "slurm/")) and "NAME" not in word]
+    assert all((ROOT / word).exists() for word in given)
+    if program := python_program(words):
+        file, arguments = program
+        files = {word: sorted(map(str, ROOT.glob(word))) for word in arguments if "*" in word and "=" not in word}
+        monkeypatch.setattr(sys, "argv", [file, *(part for word in arguments for part in files.get(word, [word]))])
+        try:
+            runpy.run_path(str(ROOT / file), run_name="__main__")
+        except Parsed:
+            pass
+        except SystemExit:
+            pytest.fail(capsys.readouterr().err)
+        overrides = [word for word in arguments if re.match(r"[a-z]+\.[a-z_.]+=", word)]
+        for config in (word for word in given if word.endswith(".yaml") and "accelerate" not in word):
+            load_config(config, overrides)
+    elif words[0] == "sbatch":
+        assert [word for word in words if re.fullmatch(r"slurm/\w+\.sbatch", word)]
+    elif words[0] == "bash":
+        assert subprocess.run(["bash", "-n", words[1]]).returncode == 0
+    else:
+        assert words[0] in ("git", "pip"), f"{command}: no test knows such a command; add it here"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

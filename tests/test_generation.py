@@ -3,10 +3,7 @@
 import contextlib
 import itertools
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +16,12 @@ import torch.nn.functional as F
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from launched import ROOT, ends, start
 from test_fidelity import with_adapter
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import evaluate_run
 from lp_train.evaluation.fidelity import BUCKETS, Fidelity, Variant, as_it_is, measure
 from lp_train.pairing import adapters_off, sequential
 from run_evaluation import answers as held_out_answers
@@ -30,7 +29,6 @@ from run_evaluation.answers import Answers, answer_all, describe, prompts_of
 
 VARIANTS: dict[str, Variant] = {"sequential": sequential, "paired": adapters_off, "recovered": as_it_is}
 NEW = 12
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -109,16 +107,11 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, tiny_tokenizer: Pre
     long = tiny_run.write_lines(
         tmp_path / "long.jsonl", [{"text": f"{i} {tiny_run.sentences(state, 12)}"} for i in range(12)]
     )
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    found = []
-    for world in (1, 2):
-        several = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"] if world > 1 else []
-        command = [sys.executable, "-m", "accelerate.commands.launch", *several, "scripts/evaluate_run.py"]
-        command += [str(config), "--output", str(tmp_path / f"{world}"), "evaluate.generation_prompts=3"]
-        subprocess.run(
-            [*command, f"data.eval={long}", "train.max_length=128"], cwd=ROOT, env=env, check=True, timeout=300
-        )
-        found.append(json.loads((tmp_path / f"{world}" / "evaluation.json").read_text()))
+    given = [str(config), f"data.eval={long}", "train.max_length=128", "evaluate.generation_prompts=3", "--output"]
+    assert evaluate_run.main([*given, str(tmp_path / "1")]) == 0
+    codes, output = ends(start([str(ROOT / "scripts" / "evaluate_run.py"), *given, str(tmp_path / "2")], 2))
+    assert codes == [0, 0], output
+    found = [json.loads((tmp_path / f"{world}" / "evaluation.json").read_text()) for world in (1, 2)]
     assert [document["environment"]["num_processes"] for document in found] == [1, 2]
     sections = ("fidelity", "fidelity_by_position", "fidelity_by_domain", "generation", "drift")
     alone, together = ({name: document[name] for name in sections} for document in found)

@@ -90,6 +90,18 @@ def test_gguf_is_the_model_it_was_made_of(
     assert tokenizer.eos_token == tiny_tokenizer.eos_token
 
 
+def test_what_another_process_has_made_meanwhile_stays(tmp_path: Path) -> None:
+    """Two that dequantise at once: the one that is ready later deletes nothing that the other may be reading."""
+
+    def write(folder: Path) -> None:
+        (folder / "ours").touch()
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "theirs").touch()
+
+    models.write_folder(tmp_path / "model", write, keep=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "theirs"]
+
+
 def test_gguf_is_dequantised_once(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, _ = models.resolve("wheel:tiny-gguf")
     assert "dequantising tiny.gguf once" in capsys.readouterr().out

@@ -1,15 +1,13 @@
 """Runs that choose their pairs, and the command that shows what pairs cost, on a tiny model on disk."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from launched import PATHS, ROOT, ends, start
 from tiny_run import save_model, write_config, write_text
 from transformers import PreTrainedTokenizerFast
 
@@ -17,8 +15,6 @@ import select_pairs
 from lp_train import finetune
 from lp_train.config import CALIBRATION_FRACTION, load_config
 from lp_train.dry_run import plan_or_stand_in
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +166,9 @@ def test_the_folder_of_another_model_is_left_alone(
 
 def launch_two(program: str, *arguments: str, cache: Path) -> str:
     """What the program prints on two CPU processes that know of each other."""
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", "0", str(ROOT / program), *arguments]
-    env["LP_TRAIN_CACHE"] = str(cache)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    codes, output = ends(start([str(ROOT / program), *arguments], 2, LP_TRAIN_CACHE=str(cache), PYTHONPATH=PATHS))
+    assert codes == [0, 0], output
+    return output
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ import importlib.util
 import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from eval_files import write_eval_files
+from launched import ends, start
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -315,14 +314,11 @@ def test_two_processes_give_the_results_of_one(
 ) -> None:
     model = save_model(tmp_path / "model", tiny_tokenizer)
     (tmp_path / "two.py").write_text(TWO)
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     found = {}
     for world in (1, 2):
-        several = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"] if world > 1 else []
-        command = [sys.executable, "-m", "accelerate.commands.launch", *several, str(tmp_path / "two.py")]
-        command += [str(model), str(files), str(tmp_path / f"world{world}-")]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
+        command = [str(tmp_path / "two.py"), str(model), str(files), str(tmp_path / f"world{world}-")]
+        codes, output = ends(start(command, world))
+        assert codes == [0] * world, output
         found[world] = [json.loads((tmp_path / f"world{world}-{rank}").read_text()) for rank in range(world)]
         assert all(result.pop("world") == world for result in found[world])
     assert found[2] == [found[1][0], found[1][0]]

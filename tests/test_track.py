@@ -1,4 +1,7 @@
-"""W&B by its real client, which can reach nothing: one run over all starts, kept whole in the run folder."""
+"""W&B by its real client, which can reach nothing: one run over all starts, kept whole in the run folder.
+
+The programs are started afresh: each client deletes at its end a folder that it makes when it is imported.
+"""
 
 import json
 import os
@@ -41,7 +44,7 @@ def test_a_resumed_run_without_network_is_one_run(tmp_path: Path, tiny_tokenizer
     program = Program(tmp_path, tiny_tokenizer, "track.wandb=auto", "track.project=p", "track.tags=[a]")
     outputs = []
     for options in (["train.max_steps=2"], ["train.max_steps=4", "--resume"]):
-        codes, output = ends(program.start("run", *options, **NOWHERE))
+        codes, output = ends(program.start("run", *options, afresh=True, **NOWHERE))
         assert codes == [0], output
         outputs.append(output)
     folder = tmp_path / "run"
@@ -106,7 +109,9 @@ wandb.log({"eval/kl": 1.0, "train/global_step": 7})
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_mode")
 def test_a_server_that_refuses_the_key_costs_a_line(refusing_server: str, tmp_path: Path) -> None:
-    codes, output = ends(start(["-c", START, str(tmp_path)], **{**NOWHERE, "WANDB_BASE_URL": refusing_server}))
+    (tmp_path / "program.py").write_text(START)
+    command = [str(tmp_path / "program.py"), str(tmp_path)]
+    codes, output = ends(start(command, afresh=True, **{**NOWHERE, "WANDB_BASE_URL": refusing_server}))
     assert codes == [0], output
     assert "W&B: " in output and "401" in output and f"the run is kept in {tmp_path}/wandb" in output
     (part,) = (tmp_path / "wandb").glob("offline-run-*")

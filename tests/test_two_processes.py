@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launched import ROOT, ends, start
 from safetensors.torch import load_file
 from tiny_run import save_model, write_config, write_text
 from transformers import PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[1]
 STEPS = 3
 # Eight rows of 64 tokens in micro-batches of one: eight of them on one process, four on each of two.
 OPTIONS = (
@@ -39,14 +39,14 @@ def assert_same_figures(ours: dict[str, float], theirs: dict[str, float]) -> Non
     assert ppl == pytest.approx(expected, rel=1e-5)
 
 
-def launch(config: Path, folder: Path, processes: int, *options: str) -> dict[str, Any]:
-    """Runs the program, asserts that it succeeded, and returns its report."""
+def launch(config: Path, folder: Path, *options: str) -> dict[str, Any]:
+    """Runs the program on two processes by its launcher, asserts that it succeeded, and returns its report."""
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     env["WANDB_MODE"] = "offline"  # conftest.py disables it
-    several = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *(several if processes > 1 else [])]
-    command += [str(ROOT / "lp_train" / "finetune.py"), str(config), f"train.output_dir={folder}", *OPTIONS, *options]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=config.parent)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", str(ROOT / "lp_train" / "finetune.py"), str(config)]
+    command += [f"train.output_dir={folder}", *OPTIONS, *options]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=config.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "report.json").read_text())
 
@@ -60,7 +60,10 @@ def train_lines(folder: Path) -> list[dict[str, Any]]:
 def test_two_processes_train_like_one(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model, text = save_model(tmp_path / "model", tiny_tokenizer), write_text(tmp_path / "text.jsonl", 160)
     config, (one, two) = write_config(tmp_path / "tiny.yaml", model, text), (tmp_path / "one", tmp_path / "two")
-    alone, together = launch(config, one, 1), launch(config, two, 2, "track.wandb=offline")
+    program = [str(ROOT / "lp_train" / "finetune.py"), str(config), f"train.output_dir={one}", *OPTIONS]
+    codes, output = ends(start(program))
+    assert codes == [0], output
+    alone, together = json.loads((one / "report.json").read_text()), launch(config, two, "track.wandb=offline")
     assert len(list((two / "wandb").glob("offline-run-*"))) == 1  # of rank 0 alone
 
     environment = together["environment"]
