@@ -45,9 +45,9 @@ def write_folder(target: Path, write: Callable[[Path], Any], keep: bool = False)
     try:
         write(temporary)
         temporary.chmod(0o755)
-        if keep and target.exists():
-            return target
         if target.exists():
+            if keep:
+                return target
             shutil.rmtree(target)
         temporary.rename(target)
     finally:
@@ -122,9 +122,8 @@ def _dequantised(folder: Path) -> Path:
 
 def device() -> torch.device:
     """The accelerator of this process, or the CPU. ``ACCELERATE_USE_CPU`` keeps to the CPU, as for accelerate."""
-    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
 
 
 def multiplies_bf16(where: torch.device) -> bool:
@@ -351,8 +350,8 @@ def _result_folder(path: str) -> Path:
             return Path(snapshot_download(path))
         except (OSError, HFValidationError) as error:
             reason = " ".join(str(error).split())[:160]
-            rule = f"neither a folder nor a repository that can be reached ({reason})"
-            raise UserError(f"{path!r}: {rule}; check the name, and the network for a hub id") from error
+            rule = f"{path!r}: neither a folder nor a repository that can be reached ({reason})"
+            raise UserError(f"{rule}; check name and network") from error
     if (folder / "adapter").is_dir() or (folder / "model").is_dir():
         return folder / ("adapter" if (folder / "adapter").is_dir() else "model")
     if (folder / "resolved_config.yaml").exists():

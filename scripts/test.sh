@@ -14,7 +14,7 @@ for argument in "$@"; do
         arguments+=("$argument")
     fi
 done
-[ $# -gt 0 ] || arguments=(--cov=lp_train --cov-report=)
+[ $# -gt 0 ] || arguments=(--cov=lp_train --cov-report= --cov-fail-under=90)
 stage() {
     echo "== $*"
     "$@"
@@ -28,4 +28,3 @@ stage mypy lp_train scripts
 export OMP_NUM_THREADS=1
 parallel=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 stage pytest -q --durations=10 "${parallel[@]}" ${arguments[@]+"${arguments[@]}"}
-[ $# -gt 0 ] || stage coverage report --format=total --fail-under=90

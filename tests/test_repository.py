@@ -76,7 +76,7 @@ def test_functions_and_files_are_short() -> None:
     for name, text in tracked().items():
         if not name.endswith(".py"):
             continue
-        assert len(text.splitlines()) <= 400, name
+        assert len(text.splitlines()) < 400, name
         for node in ast.walk(ast.parse(text)) if name.startswith(("lp_train", "scripts")) else ():
             if isinstance(node, ast.FunctionDef):
                 lengths[f"{name}:{node.name}:{node.lineno}"] = (node.end_lineno or 0) - node.lineno + 1
@@ -105,9 +105,10 @@ def test_every_configuration_loads(path: Path) -> None:
 
 def test_every_key_of_the_schema_is_used() -> None:
     """Each is read somewhere besides where it is declared."""
-    code = "\n".join(
-        text for name, text in tracked().items() if name.startswith("lp_train/") and name != "lp_train/config.py"
-    )
+    programs = {
+        n: text for n, text in tracked().items() if n.startswith(("lp_train/", "scripts/")) and n.endswith(".py")
+    }
+    code = "\n".join(text for name, text in programs.items() if name != "lp_train/config.py")
     keys = {f"{cls.__name__}.{field.name}" for cls in (*SECTIONS, Source) for field in dataclasses.fields(cls)}
     assert not {key for key in keys if not re.search(rf"\.{key.partition('.')[2]}\b", code)}
 
