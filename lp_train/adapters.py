@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model, initialize_lora_eva_weights
-from torch import nn
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from torch import Tensor, nn
 
 from lp_train.config import Config
 from lp_train.errors import UserError
+from lp_train.models import check_stamp
 from lp_train.pairing import PairPlan
 from lp_train.pairing.families import decoder_of
+
+ADAPTER_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
 
 ROUTERS = re.compile(r"(^|\.)(router|mlp\.gate|shared_expert_gate)(\.|$)")
 
@@ -127,3 +140,46 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def _numel(parameter: torch.Tensor) -> int:
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Gives the adapters of ``model`` (paired and stamped) the weights of the one in ``folder``.
+
+    Raises:
+        UserError: it is of another base, plan, rank or scale, or on other modules.
+    """
+    what = f"lora.start_from {str(folder)!r}"
+    check_stamp(folder, model)
+    theirs, ours = PeftConfig.from_pretrained(str(folder)), model.peft_config["default"]
+    for key in ADAPTER_KEYS:
+        if getattr(theirs, key) != getattr(ours, key):
+            stored = getattr(theirs, key)
+            raise UserError(f"{what}: made with lora.{key} {stored}, this run has {getattr(ours, key)}; use {stored}")
+    weights, wanted = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model)
+    shapes, expected = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (weights, wanted))
+    differing = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
+    if differing:
+        name = differing[0]
+        found = f"{name} is {shapes.get(name, 'missing')} in it and {expected.get(name, 'missing')} in this run"
+        raise UserError(f"{what}: {found}; use the lora section of the run that made it")
+    set_peft_model_state_dict(model, weights)
+
+
+def check_adapter(model: nn.Module, folder: Path, live: dict[str, Tensor]) -> None:
+    """Reads an adapter just written and compares it with the parameters that are trained, whole, by name.
+
+    Raises:
+        UserError: one is missing, of another shape or of other values; nothing is compared without adapters.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    saved, expected = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model, state_dict=live)
+    wrong = [name for name in saved.keys() ^ expected.keys()]
+    wrong += [name for name in saved.keys() & expected.keys() if not torch.equal(saved[name], expected[name])]
+    empty = [name for name, value in live.items() if not value.numel()]
+    if wrong or empty or len(saved) != len(live):
+        first = sorted(wrong or empty or live)[0]
+        raise UserError(
+            f"{folder}: {len(saved)} tensors saved of {len(live)} that are trained, {len(wrong)} differ from those in "
+            f"memory ({first} first): this adapter is not whole; use configs/accelerate/ddp.yaml and report it"
+        )

@@ -179,6 +179,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path, reader = Path(path), Reader(_all_keys())
     raw = {"name": path.stem, **_read_yaml(path)}
+    if any(override.startswith("model.name_or_path=") for override in overrides) and isinstance(raw.get("model"), dict):
+        raw["model"].pop("revision", None)  # it was that of the file's own model
     for override in overrides:
         try:
             _override(raw, override)

@@ -32,7 +32,7 @@ from transformers.trainer_callback import EarlyStoppingCallback, PrinterCallback
 from trl import SFTConfig
 
 from lp_train import models, track
-from lp_train.adapters import attach, count_parameters, start_from_activations
+from lp_train.adapters import attach, check_adapter, count_parameters, load_adapter, start_from_activations
 from lp_train.bench.flops import forward_costs, peak_flops, step_flops
 from lp_train.cluster import engine, preemption
 from lp_train.cluster.launch import leave, quieten_libraries, say, start
@@ -82,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: Config, options: argparse.Namespace) -> None:
     if options.print_config:
         return print(config_to_yaml(config), end="")
+    if options.resume and options.overwrite:
+        raise UserError("--resume and --overwrite: the one goes on with what the other deletes; give one")
     state = start()
     if options.dry_run:
         return dry_run(config, state.num_processes) if state.is_main_process else None
@@ -219,7 +221,7 @@ def start_adapters(model: nn.Module, bench: Bench, start: Path | None, rows: int
     ``start_from: heal``; not again where a checkpoint follows, ``fitted``). Returns what the report holds of it."""
     lora, where = bench.config.lora, model.device
     if start:
-        models.load_adapter(model, start)
+        load_adapter(model, start)
     if lora.get("init_lora_weights") == "eva":
         with bench.autocast():
             start_from_activations(model, bench.training_batches(rows, 16, where))
@@ -341,7 +343,7 @@ def save_result(
 
     def write(target: Path) -> None:
         model.save_pretrained(target, state_dict=weights)
-        models.check_adapter(model, target, weights)
+        check_adapter(model, target, weights)
         tokenizer.save_pretrained(target)
 
     if state.is_main_process:

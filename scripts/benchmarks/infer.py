@@ -190,6 +190,8 @@ def _pairs(options: Options, layers: int) -> list[Any]:
 def _original(options: Options, where: torch.device) -> nn.Module:
     dtype = getattr(torch, options.dtype)
     if options.model:
+        if not Path(options.model).is_dir():
+            raise UserError(f"--model {options.model}: there is no such folder; give a run folder, or one with a model")
         loaded: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
         return loaded.to(where).eval()
     raw = json.loads((FOLDER / f"{SHAPES[options.shape][0]}.json").read_text())
@@ -270,7 +272,7 @@ def _add_rates(cell: Cell, copy_gb: float) -> None:
 def add_options(command: argparse.ArgumentParser) -> None:
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--shape", choices=SHAPES, help="random weights")
-    which.add_argument("--model", help="a run folder (its original and its result), or a model")
+    which.add_argument("--model", help="a run folder (its original and its result), or one with a model")
     windows = "windows or lists of pairs; each is paired and fused by itself"
     command.add_argument("--pairs", type=lambda t: json.loads(t) if t.startswith("[") else t, nargs="+", help=windows)
     for name, known in (("forms", FORMS), ("modes", MODES), ("parts", PARTS)):
