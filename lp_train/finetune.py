@@ -235,9 +235,10 @@ def start_adapters(model: nn.Module, bench: Bench, start: Path | None, rows: int
 
 
 def build_model(config: Config, plan: PairPlan, device: torch.device, base: nn.Module | None = None) -> nn.Module:
-    """The base, which is loaded if it is not given, in pairs, with adapters or unfrozen layers, and the record of plan
-    and base in its config."""
+    """The base in pairs, with adapters or unfrozen layers, and the record of plan and base in its config. It is loaded
+    where it is not given, and always for an engine that shards it."""
     engine.load_whole()
+    base = None if engine.asked() in engine.SHARDED else base
     keeps_copies = config.tune == "full" or plan.kind == "merge"  # of layers, which stay whole where they are made
     on_cpu = engine.asked() == "FSDP2" and not keeps_copies  # a GPU need not hold all of it
     base = base or models.load_base(config.model, torch.device("cpu") if on_cpu else device)

@@ -136,7 +136,8 @@ def open_run_folder(folder: Path, config: Config, state: PartialState, resume: b
 def _record_start(folder: Path, state: PartialState) -> None:
     """``starts/N/``: configuration, command, environment, the code's changes since its commit with the names of files
     that git does not know, and the job script that Slurm ran (``LP_SBATCH``)."""
-    found: dict[str, Any] = reports.environment(state.device) | {"command": sys.argv, "host": socket.gethostname()}
+    command = [*sys.argv[0].split(), *sys.argv[1:]] if sys.argv[0].startswith("lp-train ") else sys.argv
+    found: dict[str, Any] = reports.environment(state.device) | {"command": command, "host": socket.gethostname()}
     found["packages"] = {package.name: package.version for package in metadata.distributions()}
     job = found["job"] = os.environ.get("SLURM_JOB_ID")
     changes = _git("diff", "HEAD", "--binary") + _git("ls-files", "--others", "--exclude-standard")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import PartialState
+from bench_cases import Configure, configure
 from engine_worker import cases, run
 from launched import ENGINES, Program, ends, losses, start_engine, weights
 from safetensors.torch import load_file
@@ -18,11 +20,15 @@ from tiny_trainer import assert_same_weights, paired_with_adapter
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lp_train import finetune
 from lp_train.adapters import check_adapter
 from lp_train.cluster import engine
 from lp_train.cluster.launch import check_engine
 from lp_train.cluster.shard import whole_state
 from lp_train.errors import UserError
+from lp_train.pairing import PairPlan
+
+__all__ = ["configure"]
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
@@ -177,3 +183,22 @@ def test_an_adapter_that_is_not_whole_is_told(tiny_llama: LlamaForCausalLM, tmp_
     model.save_pretrained(tmp_path, state_dict=fewer)
     with pytest.raises(UserError, match=f"{len(fewer)} tensors saved of {len(live)} that are trained"):
         check_adapter(model, tmp_path, live)
+
+
+def test_an_engine_loads_the_base_in_its_own_way_after_pairs_were_chosen(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole in host memory for FSDP2, not as the choice had it on its device."""
+    where: list[torch.device] = []
+
+    def load(config: Any, device: torch.device) -> nn.Module:
+        where.append(device)
+        raise InterruptedError
+
+    monkeypatch.setattr(finetune.models, "load_base", load)
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    plan, chosen_on = PairPlan.parse("0:2", num_layers=4), nn.Linear(1, 1)
+    with pytest.raises(InterruptedError):
+        finetune.build_model(configure(), plan, torch.device("cuda"), chosen_on)
+    assert where == [torch.device("cpu")]

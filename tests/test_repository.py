@@ -71,6 +71,19 @@ def test_arrows_point_down() -> None:
             assert not used & {"finetune", "cli"}, name
 
 
+def test_the_library_does_not_import_the_scripts() -> None:
+    """But for the command line, which starts them by name where they are."""
+    commands = {
+        path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert {"benchmarks", "run_evaluation", "export"} <= commands
+    for name, path in MODULES.items():
+        nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import | ast.ImportFrom)]
+        used = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
+        used |= {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+        assert not {module.partition(".")[0] for module in used} & commands, name
+
+
 def test_functions_and_files_are_short() -> None:
     lengths = {}
     for name, text in tracked().items():

@@ -14,9 +14,8 @@ from lp_train.pairing import plan_of
 from lp_train.pairing.families import decoder_of
 
 GIB = 2**30
-COMPILED = (
-    0.7  # of the values that a block keeps uncompiled: the others are computed again, in the kernels that need them
-)
+# Of the values that a block keeps uncompiled; compiled, its kernels compute the others again.
+COMPILED = 0.7
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; a scale of 8 bits per 64 values, doubly quantised per 256 of those
 
 

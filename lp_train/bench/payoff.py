@@ -117,6 +117,8 @@ def _two_layers(config: Any, pair: tuple[int, ...]) -> Any:
 def seconds(where: torch.device, *runs: Callable[[], Any]) -> list[float]:
     """The fastest time of each: in turns, so that what disturbs one disturbs all, for ``BUDGET`` each after a first
     turn; of a first turn that takes as long, its times."""
+    for run in runs if where.type == "cuda" else ():
+        run()  # libraries are loaded and kernels chosen in a first call
     times = [[_once(run, where)] for run in runs]
     left = BUDGET * len(runs)
     if sum(first for (first,) in times) >= left:

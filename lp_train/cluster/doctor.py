@@ -230,7 +230,7 @@ def show_plan(node: Node) -> None:
     config, model, where = node.config, node.model, node.state.device
     assert config is not None and model is not None
     (plan, algebra), costs = plan_of(model), forward_costs(model, config.train["max_length"])
-    rates, have = payoff.rates(model.dtype, where), available_gib(where)
+    have, rates = available_gib(where), payoff.rates(model.dtype, where)  # in this order: what it used stays taken
     need, cache = costs["paired"]["parameters"] * model.dtype.itemsize / GIB, costs["paired"]["kv_bytes_per_token"]
     rows = [
         ("this machine", "measured", _device(model.dtype, where, rates)),

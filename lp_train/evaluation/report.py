@@ -76,7 +76,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
         "device": name,
-        "commit": _commit(),
+        "commit": commit(),
         "distributed_type": str(state.distributed_type.value),
         "num_processes": state.num_processes,
         "backend": state.backend,
@@ -89,7 +89,7 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, with ``+changes`` where files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):

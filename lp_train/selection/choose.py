@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lp_train import models
+from lp_train.cluster import engine
 from lp_train.cluster.launch import say
 from lp_train.config import Config
 from lp_train.data import RowCollator
@@ -42,6 +43,7 @@ def choose_plan(
         return config, plan, None
     wanted = AutoPairs.parse(config.plan.pairs)
     assert wanted is not None and rows is not None
+    engine.load_whole()
     calibration = calibrate(config, rows, tokenizer, state)
     say(f"choosing pairs on {calibration.tokens:,} tokens of calibration text")
     path = greedy(calibration, wanted)

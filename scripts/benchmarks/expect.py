@@ -93,7 +93,9 @@ def recorded_steps() -> list[dict[str, Any]]:
 
 def measured_step(found: dict[str, Any]) -> Row:
     ours = found["variants"]["ours"]
-    step = f"a training step, {found['batch']} x {found['seq']:,} tokens, r={found['case']['rank']}"
+    how = ", checkpointing" if found["case"]["gradient_checkpointing"] else ""
+    size = f"{found['batch']} x {found['seq']:,} tokens, r={found['case']['rank']}{how}"
+    step = f"a training step, {len(found['pairs'])} pairs from {found['pairs'][0][0]}, {size}"
     took = f"{ours['ms_per_step']:,.0f} ms, {ours['tokens_per_second']:,.0f} tokens/s"
     return step, f"{ours['peak_gib']:.1f}", took, f"measured {found['date']}, {found['device']}, `{TRAINING}`"
 

@@ -98,8 +98,17 @@ def _device() -> torch.device:
 def origin(where: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     versions = {package: version(package) for package in ("torch", "transformers")}
-    today, commit = datetime.date.today().isoformat(), os.environ.get("LP_COMMIT")
-    return {"device": name, "world": WORLD, "versions": versions, "date": today, "commit": commit, **identity(where)}
+    today = datetime.date.today().isoformat()
+    return {"device": name, "world": WORLD, "versions": versions, "date": today, "commit": commit(), **identity(where)}
+
+
+def commit() -> str | None:
+    """``LP_COMMIT``, for a machine to which files were copied; or git's."""
+    if named := os.environ.get("LP_COMMIT"):
+        return named
+    from lp_train.evaluation import report  # which needs trl
+
+    return report.commit()
 
 
 def _case(options: Options) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def identity(device: torch.device) -> dict[str, str]:
     """What device name and commit do not tell apart: this GPU (or host), as a hash, and the code that runs."""
     gpu = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
     code = hashlib.sha256()
-    for folder in (Path(lp_train.__file__).parent, Path(__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
+    for folder in (Path(lp_train.__file__).parent, Path(__file__).parent, Path(__file__).parents[1] / "run_evaluation"):
+        for path in sorted(path for kind in ("*.py", "*.yaml") for path in folder.rglob(kind)):
             code.update(path.read_bytes())
     machine = hashlib.sha256(str(gpu or platform.node()).encode())
     return {"machine": machine.hexdigest()[:8], "code": code.hexdigest()[:8]}
