@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from threading import Timer
 
+READY = b"ready"
 LARGEST = 2**17  # bytes of a request: an environment and a command line
 
 
@@ -50,11 +51,17 @@ class Forked:
 
 
 @cache
+def possible() -> bool:
+    """Whether programs can be forked here: on Linux, and where no thread of a library is lost in a fork."""
+    return sys.platform == "linux" and _parent().recv(LARGEST) == READY
+
+
+@cache
 def _parent() -> socket.socket:
     """The process that forks, started when it is first asked for; it ends with this one."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, __file__, str(theirs.fileno())]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
     theirs.close()
     return ours
@@ -105,7 +112,9 @@ def _main() -> None:
 
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
     threads -= {Path("/proc/self/comm").read_text().strip(), "jemalloc_bg_thd"}  # the second starts again in a fork
-    assert not threads, f"{threads}: a thread of a library would not live on in a fork"
+    if threads:
+        sys.exit(f"{threads}: a thread of a library would not live on in a fork; programs are started afresh")
+    channel.send(READY)
     del sys.modules["lp_train.finetune"]  # each fork is that program, and runs the file itself
     request = _serve(channel)
     _become(**request)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forked import Forked
+from forked import Forked, possible
 from safetensors.torch import load_file
 from tiny_run import save_model, write_config, write_text
 from torch import Tensor
@@ -42,7 +42,7 @@ def start(command: Sequence[str], processes: int = 1, afresh: bool = False, **en
     started: list[Process] = []
     for rank in range(processes):
         ranked = {**env, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else env
-        if sys.platform == "linux" and not afresh:
+        if not afresh and possible():
             started.append(Forked(command, ranked))
         else:
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
