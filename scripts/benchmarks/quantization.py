@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from benchmarks.table import markdown
 from lp_train import models
 from lp_train.cluster.launch import quieten_libraries
 from lp_train.config import load_config
-from lp_train.errors import UserError, exit_code
+from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation.fidelity import as_it_is
 from lp_train.evaluation.tasks import load_suite
 from lp_train.pairing.families import decoder_of
@@ -35,7 +34,7 @@ BLOCK, LEVELS = 32, 16
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Each task's figure of the model as it is, and under each seed's error."""
-    config = load_config(str(options.config), options.overrides)
+    config = load_config(options.config, options.overrides)
     state = PartialState(cpu=models.device().type == "cpu")
     if not (suite := load_suite(config.evaluate)).tasks:
         raise UserError("evaluate.tasks []: nothing to run; name tasks or groups")
@@ -89,9 +88,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*")
+    parser = command_line("benchmarks.quantization", __doc__, "evaluate.tasks=[seven]")
     parser.add_argument("--seeds", type=int, choices=range(1, 10), metavar="N", default=2, help="default %(default)s")
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
@@ -100,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = run(options)
         print(f"{table(found)}\n\n{json.dumps(found)}")
 
-    return exit_code(command)
+    return exit_code(command, options.debug)
 
 
 if __name__ == "__main__":
