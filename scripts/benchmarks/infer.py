@@ -223,7 +223,7 @@ def measure(model: nn.Module, mode: str, options: Options, where: torch.device) 
     for part in options.parts:
         for batch in options.batches:
             for context in options.contexts:
-                if part == "generate" and (batch, context) != (options.batches[0], options.contexts[0]):
+                if part == "generate" and context != options.contexts[0]:
                     continue
                 if part == "prefill" and mode != "eager":
                     continue  # `generate` runs it uncompiled in every mode
