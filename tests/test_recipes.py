@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import tiny_run
 from transformers import PreTrainedTokenizerFast
 
 import bench
-from benchmarks import expect
+from benchmarks import expect, page
 from lp_train.config import load_config
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError
@@ -41,6 +42,26 @@ def test_the_table_of_a_page_is_what_its_command_writes(name: str) -> None:
     assert f"lp-train bench expect configs/{name}.yaml --page recipes/{name}/README.md" in page
     made = expect.table(expect.rows(load_config(f"configs/{name}.yaml", [])))
     assert made in page, f"write the page again by the command in it; the table now is\n{made}"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in sorted(RECIPES.rglob("*.md")) if page.TABLE.search(path.read_text())]
+)
+def test_measured_tables_are_what_their_files_say(path: Path) -> None:
+    assert page.written(path) == path.read_text(), f"run PYTHONPATH=.:scripts python -m benchmarks.page {path}"
+
+
+def test_a_table_is_made_anew_from_its_files(tmp_path: Path) -> None:
+    shutil.copy(RECIPES / "benchmarks/results/sweep_h200/sweep.jsonl", tmp_path / "a.jsonl")
+    (tmp_path / "page.md").write_text(
+        "# Page\n<!-- table: sweep *.jsonl -->\n| seq 1024 | 1.00 |\n<!-- end -->\nAfter it.\n"
+    )
+    made = page.written(tmp_path / "page.md")
+    assert made.startswith("# Page\n<!-- table: sweep *.jsonl -->\nNVIDIA H200; torch 2.11.0")
+    assert "| seq 1024 | 11.88 | 15.90 | 1.34 x |" in made and made.endswith("<!-- end -->\nAfter it.\n")
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.json")
+    with pytest.raises(OSError, match="No such file"):
+        page.written(tmp_path / "page.md")
 
 
 @pytest.mark.parametrize("name", COMPUTED)

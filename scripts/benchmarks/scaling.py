@@ -191,7 +191,21 @@ def keep(options: argparse.Namespace, state: PartialState, line: dict[str, Any])
 def show(options: argparse.Namespace) -> None:
     """The table, what the runs agree on, and one JSON line."""
     lines = [json.loads(line) for line in (options.out / FILE).read_text().splitlines()]
-    steps, runs = ([line for line in lines if name in line] for name in ("tokens_per_second", "losses"))
+    text, steps = steps_table(lines)
+    print(text)
+    kept = "cell engine num_processes layers compiled tokens_per_second of_linear ms_of_blocks gib communication_ms "
+    kept += "exposed_ms share_held device commit"
+    found: dict[str, Any] = {"steps": [{name: line[name] for name in kept.split()} for line in steps]}
+    runs = {line["cell"]: line["losses"] for line in lines if "losses" in line}
+    found["agree"] = agreements(options.out, runs)
+    for name, figures in found["agree"].items():
+        print(f"{name}: {figures}")
+    print(f"\n{json.dumps(found)}")
+
+
+def steps_table(lines: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """The table of measured steps, and their lines with ``of_linear``: tokens/s over those of one GPU times as many."""
+    steps = [line for line in lines if "tokens_per_second" in line]
     alone = {line["case"]["shape"]: line["tokens_per_second"] for line in steps if line["num_processes"] == 1}
     rows = []
     for line in steps:
@@ -200,14 +214,7 @@ def show(options: argparse.Namespace) -> None:
         forms = {"of_linear": "{:.1%}", "gib": "{:.1f}", "communication_ms": "{:.1f}", "exposed_ms": "{:.1f}"}
         named = [line["cell"], str(line["num_processes"]), str(line["layers"]), f"{line['tokens_per_second']:,.0f}"]
         rows.append([*named, *(table.cell(line[name], form) for name, form in forms.items())])
-    print(table.markdown(HEADER, rows))
-    kept = "cell engine num_processes layers compiled tokens_per_second of_linear ms_of_blocks gib communication_ms "
-    kept += "exposed_ms share_held device commit"
-    found: dict[str, Any] = {"steps": [{name: line[name] for name in kept.split()} for line in steps]}
-    found["agree"] = agreements(options.out, {line["cell"]: line["losses"] for line in runs})
-    for name, figures in found["agree"].items():
-        print(f"{name}: {figures}")
-    print(f"\n{json.dumps(found)}")
+    return table.markdown(HEADER, rows), steps
 
 
 def agreements(out: Path, losses: dict[str, dict[str, float]]) -> dict[str, Any]:

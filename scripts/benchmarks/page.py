@@ -1,0 +1,130 @@
+"""The tables of a page, written from the files of results that the page names.
+
+    PYTHONPATH=.:scripts python -m benchmarks.page recipes/benchmarks/README.md
+
+A table stands between the lines ``<!-- table: KIND FILE [FILE ...] -->`` and ``<!-- end -->``. KIND is one of KINDS;
+files are given as seen from the page, and a * in their names stands for anything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import infer_table, results, scaling
+from benchmarks import table as tables
+from benchmarks.table import cell, markdown
+
+TABLE = re.compile(r"(<!-- table: (\w+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+SPOKEN = {"graph": "CUDA graph", "compile": "compiled", "eager": "eager", "tuned": "compiled, tuned"}
+
+Found = dict[str, Any]
+
+
+def written(page: Path) -> str:
+    """The text of the page with every table made anew.
+
+    Raises:
+        UserError, OSError: a file that is not there or holds something else.
+    """
+
+    def anew(match: re.Match[str]) -> str:
+        start, kind, names, end = match.groups()
+        files = [file for name in names.split() for file in sorted(page.parent.glob(name)) or [page.parent / name]]
+        return f"{start}{KINDS[kind](files)}\n{end}"
+
+    return TABLE.sub(anew, page.read_text())
+
+
+def training(files: Sequence[Path]) -> str:
+    """A row for each case: ours and, in the same process, the baselines; how many times as fast ours is."""
+    found = [case for file in files for case in results.read(file)]
+    header = ("shape, pairs, batch", "ours, tokens/s", "ms", "peak GiB", "of the product rate", "(a)", "(b)", "(c)")
+    rows = []
+    for case in found:
+        variants, how = case["variants"], case["case"]
+        kind = ["checkpointing"] * how["gradient_checkpointing"] + ["FP8"] * how["fp8"]
+        name = f"{how['shape']}, {len(case['pairs'])} from {case['pairs'][0][0]}, {case['batch']} x {case['seq']:,}"
+        ours = variants["ours"]
+        of_ours = ["out of memory", "", "", ""]
+        if "error" not in ours:
+            of_ours = [f"{ours['tokens_per_second']:,.0f}", f"{ours['ms_per_step']:,.0f}", f"{ours['peak_gib']:.1f}"]
+            of_ours.append(cell(ours["of_matmul"], "{:.1%}"))
+        rows.append([", ".join([name, *kind]), *of_ours, *(_baseline(variants.get(name)) for name in "abc")])
+    return f"{_origin(found)}\n\n{markdown(header, rows)}"
+
+
+def _baseline(row: Found | None) -> str:
+    if row is None:
+        return "not run"
+    return row.get("error") or f"{row['tokens_per_second']:,.0f} ({cell(row['ours_is'], '{:.2f} x')})"
+
+
+def inference(files: Sequence[Path]) -> str:
+    """A row for each plan, mode and batch: milliseconds in order and fused, of each length of the cache."""
+    found = infer_table.read(list(files))
+    header = ("shape, pairs", "what", "mode", "batch", "cached", "in order, ms", "fused, ms", "speed-up", "of copy")
+    rows = [row for run in found for row in _rows_of(run)]
+    return f"{_origin(found)}\n\n{markdown(header, rows, left=(0, 1, 2))}"
+
+
+def _rows_of(run: Found) -> Iterable[list[str]]:
+    cells = [c for c in run["cells"] if "ms" in c]
+    alone = {tuple(c[name] for name in infer_table.KEY): c for c in cells if c["form"] == "sequential"}
+    groups: dict[tuple[Any, ...], list[tuple[Found, Found]]] = {}
+    for fused in cells:
+        key = tuple(fused[name] for name in infer_table.KEY)
+        if fused["form"] == "fused" and key in alone:
+            groups.setdefault((fused["pairs"], *key[:3]), []).append((alone[key], fused))
+    case = run["case"]
+    shape = case["shape"] or Path(case["model"]).name
+    for (_, mode, what, batch), both in groups.items():
+        name = f"{shape}, {both[0][0]['layers'] - both[0][1]['layers']}"
+        of_copy = [c["of_copy"] for _, c in both]
+        what = f"{what} {case['tokens']:,}" if what == "generate" else what
+        yield [
+            *(name, what, SPOKEN[mode], str(batch)),
+            " / ".join(f"{c['context']:,}" for _, c in both),
+            *(" / ".join(f"{c['ms']:,.2f}" for c in column) for column in zip(*both, strict=True)),
+            " / ".join(f"{c['speedup']:.2f}" for _, c in both) + " x",
+            "" if None in of_copy else " / ".join(f"{share:.0%}" for share in of_copy),
+        ]
+
+
+def _origin(found: Sequence[Found]) -> str:
+    """Machines, versions, dates and commits of what a table shows."""
+    devices = {f"{f.get('world', 1)} x {f['device']}" if f.get("world", 1) > 1 else f["device"] for f in found}
+    versions = {f"{name} {f['versions'][name]}" for f in found for name in ("torch", "transformers")}
+    dates, commits = {f["date"] for f in found}, {(f["commit"] or "unknown")[:7] for f in found}
+    parts = [", ".join(sorted(names)) for names in (devices, versions, dates, commits)]
+    return f"{'; '.join(parts[:3])}; code of {parts[3]}"
+
+
+def sweep(files: Sequence[Path]) -> str:
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return f"{_origin(lines)}\n\n{tables.sweep(lines)}"
+
+
+def harness(files: Sequence[Path]) -> str:
+    return "\n\n".join(tables.harness(json.loads(file.read_text())) for file in files)
+
+
+def many(files: Sequence[Path]) -> str:
+    """Training on several GPUs."""
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return f"{_origin(lines)}\n\n{scaling.steps_table(lines)[0]}"
+
+
+KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
+    function.__name__: function for function in (training, inference, sweep, harness, many)
+}
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        path = Path(argument)
+        path.write_text(written(path))
