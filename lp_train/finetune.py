@@ -195,10 +195,8 @@ def check_base(config: Config) -> int:
     model_config = models.load_model_config(config.model).get_text_config()
     family, attention = check_family(model_config.model_type), config.model.attn_implementation
     if attention in family.wrong_attention:
-        raise UserError(
-            f"model.attn_implementation {attention!r}: leaves out a part of {model_config.model_type}'s attention; "
-            "use auto, eager or flex_attention"
-        )
+        rule = f"leaves out a part of {model_config.model_type}'s attention; use auto, eager or flex_attention"
+        raise UserError(f"model.attn_implementation {attention!r}: {rule}")
     if config.model.quantization:
         models.require_bitsandbytes()
     for key, value in {"model.quantization": config.model.quantization, "train.fp8": config.train["fp8"]}.items():

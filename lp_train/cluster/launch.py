@@ -64,10 +64,8 @@ def check_engine(state: PartialState) -> None:
     if broken := engine.broken_options():
         raise UserError(broken)
     if wanted in engine.SHARDED and state.distributed_type.value in ("NO", "MULTI_CPU"):
-        raise UserError(
-            f"accelerate's engine {wanted}: on CPUs accelerate would go on without it and say nothing; use GPUs, or "
-            "configs/accelerate/ddp.yaml"
-        )
+        rule = "on CPUs accelerate would go on without it and say nothing; use GPUs, or configs/accelerate/ddp.yaml"
+        raise UserError(f"accelerate's engine {wanted}: {rule}")
 
 
 def require_deepspeed() -> None:
