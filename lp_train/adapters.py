@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from lp_train.config import Config
 from lp_train.errors import UserError
 from lp_train.models import check_stamp
-from lp_train.pairing import PairPlan
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing import PairPlan, decoder_of
 
 ADAPTER_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
 

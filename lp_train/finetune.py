@@ -55,8 +55,7 @@ from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.card import write_card
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
 from lp_train.evaluation.progress import Progress, watched_tasks
-from lp_train.pairing import AutoPairs, PairPlan, in_order, keep_originals, pair_layers
-from lp_train.pairing.families import check_family, decoder_of
+from lp_train.pairing import AutoPairs, PairPlan, check_family, decoder_of, in_order, keep_originals, pair_layers
 from lp_train.run_folder import check_run_folder, checkpoint_to_resume, locked, open_run_folder
 from lp_train.selection.calibration import default_tokens
 from lp_train.selection.choose import choose_plan
@@ -167,7 +166,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     if state.is_main_process:
         write_report(config, folder, report, trainer)
         track.finish(report, tables.tables(report), folder)
-    say(f"\n{tables.table(report)}\n\n{tables.sentence(report)}\n")
+    say(f"\n{tables.fidelity_table(report)}\n\n{tables.sentence(report)}\n")
     if progress.answers:
         say(tables.answers(progress.answers) + "\n")
     say(f"report {folder}/report.md and report.html, plots {folder}/plots/, weights {result_folder(config, folder)}/")
@@ -324,7 +323,8 @@ def make_report(plan: PairPlan, figures: dict[str, Fidelity], trainer: PairedTra
 
 def write_report(config: Config, folder: Path, report: dict[str, Any], trainer: PairedTrainer) -> None:
     """The report and its plots, and the card beside the weights."""
-    reports.write_report(folder, report, trainer.state.log_history, config.train["global_batch_tokens"])
+    reports.write(folder / "report.json", reports.as_json(report))
+    reports.write_document(folder, report, trainer.state.log_history, config.train["global_batch_tokens"])
     write_card(folder, report, config.model.name_or_path)
 
 

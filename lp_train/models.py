@@ -15,10 +15,7 @@ import numpy
 import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import HFValidationError
-from peft import (
-    PeftConfig,
-    PeftModel,
-)
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
@@ -26,8 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lp_train.config import ModelConfig
 from lp_train.errors import UserError
-from lp_train.pairing import FAMILIES, PairPlan, pair_layers
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing import FAMILIES, PairPlan, decoder_of, pair_layers
 
 WHEEL = "wheel:"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")

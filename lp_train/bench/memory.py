@@ -10,8 +10,7 @@ from lp_train.config import Config
 from lp_train.distill.compiled import Engine
 from lp_train.distill.fp8 import convertible
 from lp_train.distill.losses import ROWS_PER_CHUNK
-from lp_train.pairing import plan_of
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing import decoder_of, plan_of
 
 GIB = 2**30
 # Of the values that a block keeps uncompiled; compiled, its kernels compute the others again.

@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor
 from trl.models.utils import _ForwardRedirection
 
 from lp_train.cluster import engine
-from lp_train.pairing import plan_of
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing import decoder_of, plan_of
 
 
 def shard(model: nn.Module) -> nn.Module:

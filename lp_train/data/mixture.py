@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,15 +64,18 @@ def separate(data: DataConfig) -> Separation:
             excluded.add(key)
         return key not in excluded
 
-    evaluation = [source.only(keep_for_eval) for source in opened["eval"]]
+    def of_training(keep: Callable[[bytes], bool]) -> list[OpenSource]:
+        return [replace(source, keep=keep) for source in opened["train"]]
+
+    evaluation = [replace(source, keep=keep_for_eval) for source in opened["eval"]]
     for view in evaluation:
         if not view.streamed:  # all of it, however little is drawn: training data do not depend on eval's size
             for _ in view.shuffled(seed=0):
                 pass
-    train = [s.only(lambda key: share(key) == "train" and keep_for_training(key)) for s in opened["train"]]
+    train = of_training(lambda key: share(key) == "train" and keep_for_training(key))
     if data.eval is None:
-        evaluation = [s.only(lambda key: share(key) == "eval" and keep_for_eval(key)) for s in opened["train"]]
-    chosen = [s.only(lambda key: share(key) == "calibration" and key not in evaluated) for s in opened["train"]]
+        evaluation = of_training(lambda key: share(key) == "eval" and keep_for_eval(key))
+    chosen = of_training(lambda key: share(key) == "calibration" and key not in evaluated)
     return Separation(train, evaluation, opened["calibration"] or chosen, excluded)
 
 

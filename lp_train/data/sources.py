@@ -87,10 +87,6 @@ class OpenSource:
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.tables)
 
-    def only(self, keep: Callable[[bytes], bool]) -> OpenSource:
-        """This source without the documents whose key ``keep`` refuses."""
-        return dataclasses.replace(self, keep=keep)
-
     def shuffled(self, seed: int) -> Iterator[Document]:
         """The documents once, in an order fixed by the seed (a streamed source: through a buffer of 1,000)."""
         if self.streamed:

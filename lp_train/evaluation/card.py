@@ -16,11 +16,7 @@ LOADERS = {"lora": ("peft", "PeftModel"), "full": ("transformers", "AutoModelFor
 
 
 def write_card(
-    folder: Path,
-    report: Mapping[str, Any],
-    base: str,
-    tables: Sequence[Table] = (),
-    results: Sequence[EvalResult] = (),
+    folder: Path, report: Mapping[str, Any], base: str, tables: Sequence[Table] = (), results: Sequence[EvalResult] = ()
 ) -> None:
     """README.md of the run's folder ``adapter/`` (``tune: lora``) or ``model/`` (``tune: full``). From an evaluation
     come ``tables`` in place of the report's own and further ``results``."""
@@ -74,11 +70,4 @@ def _held_out(figures: Mapping[str, float]) -> list[EvalResult]:
 
 def result(dataset: str, kind: str, metric: str, metric_name: str, value: float) -> EvalResult:
     """A figure of the recovered model in the hub's form."""
-    return EvalResult(
-        task_type="text-generation",
-        dataset_name=dataset,
-        dataset_type=kind,
-        metric_type=metric,
-        metric_name=metric_name,
-        metric_value=value,
-    )
+    return EvalResult("text-generation", kind, dataset, metric, value, metric_name=metric_name)

@@ -102,17 +102,6 @@ def commit() -> str | None:
 Sections = dict[str, list[Any]]  # under each heading paragraphs, tables, plots in Markdown
 
 
-def write_report(
-    folder: Path,
-    report: Mapping[str, Any],
-    history: History,
-    tokens_per_step: int,
-) -> None:
-    """report.json, report.md, report.html and plots/ in the run folder."""
-    write(folder / "report.json", as_json(report))
-    write_document(folder, report, history, tokens_per_step)
-
-
 def write_document(
     folder: Path,
     document: Mapping[str, Any],

@@ -13,11 +13,6 @@ MODELS = {**NAMES, "control": "control (not paired)"}
 FIDELITY = ("model", "depth", "NLL", "perplexity", "KL", "top-1\nagreement", "NLL\nwon back", "KL\nwon back")
 
 
-def table(report: Mapping[str, Any]) -> str:
-    """The held-out figures as Markdown."""
-    return str(fidelity_table(report))
-
-
 def tables(document: Mapping[str, Any]) -> dict[str, Table]:
     """The tables of figures that a report or an evaluation has something for."""
     found = {"fidelity": fidelity_table(document)}

@@ -1,6 +1,6 @@
 """Layer pairs of a pretrained decoder, run side by side (arXiv 2502.02790). Needs torch, transformers, peft."""
 
-from lp_train.pairing.families import FAMILIES, Family
+from lp_train.pairing.families import FAMILIES, check_branches, check_family, decoder_of
 from lp_train.pairing.pairs import (
     adapters_off,
     in_order,
@@ -12,14 +12,17 @@ from lp_train.pairing.pairs import (
     sequential,
     unpair_layers,
 )
-from lp_train.pairing.plan import AutoPairs, PairPlan
+from lp_train.pairing.plan import AutoPairs, PairPlan, blocks_of
 
 __all__ = [
     "FAMILIES",
     "AutoPairs",
-    "Family",
     "PairPlan",
     "adapters_off",
+    "blocks_of",
+    "check_branches",
+    "check_family",
+    "decoder_of",
     "in_order",
     "is_paired",
     "keep_originals",

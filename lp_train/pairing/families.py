@@ -65,12 +65,7 @@ SANDWICH_NORM = Family(
 )
 
 FAMILIES: dict[str, Family] = {  # by `config.model_type`
-    "llama": PRE_NORM,
-    "mistral": PRE_NORM,
-    "qwen2": PRE_NORM,
-    "qwen3": PRE_NORM,
-    "smollm3": PRE_NORM,
-    "qwen3_moe": PRE_NORM,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "qwen3_moe"), PRE_NORM),
     "gpt_oss": replace(PRE_NORM, wrong_attention=("sdpa",), masks_packed_rows=False),  # sdpa has no attention sinks
     "phi3": PRE_NORM_DROPOUT,
     "olmo2": POST_NORM,
@@ -125,10 +120,10 @@ def check_branches(model: nn.Module, family: Family, indices: Iterable[int]) -> 
             )
 
 
-def _random_hidden(model: nn.Module, tokens: int = 4) -> Tensor:
+def _random_hidden(model: nn.Module) -> Tensor:
     embedding = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)  # its own: the user's random state stays as it is
-    hidden = torch.randn(1, tokens, model.config.hidden_size, generator=generator)
+    hidden = torch.randn(1, 4, model.config.hidden_size, generator=generator)
     return hidden.to(device=embedding.device, dtype=model.dtype)
 
 

@@ -64,7 +64,8 @@ class PairPlan:
         if kind not in KINDS:
             raise UserError(f"plan.kind {kind!r}: unknown; use one of {', '.join(KINDS)}")
         if remove is None:
-            return replace(self, kind=kind, removed=self._seconds() if kind in ("drop", "merge") else ())
+            seconds = tuple(second for _, second in self.pairs)
+            return replace(self, kind=kind, removed=seconds if kind in ("drop", "merge") else ())
         rule = None
         if kind not in ("drop", "merge"):
             rule = f"plan.kind {kind} removes no layer; leave it out, or use drop or merge"
@@ -77,9 +78,6 @@ class PairPlan:
         if rule:
             raise UserError(f"plan.remove {list(remove)}: {rule}")
         return replace(self, kind=kind, removed=tuple(sorted(remove)))
-
-    def _seconds(self) -> tuple[int, ...]:
-        return tuple(second for _, second in self.pairs)
 
     @property
     def merged(self) -> dict[int, list[int]]:

@@ -19,8 +19,7 @@ from lp_train.data import RowCollator
 from lp_train.data.rows import IGNORED
 from lp_train.errors import UserError
 from lp_train.evaluation.fidelity import evaluating
-from lp_train.pairing import is_paired
-from lp_train.pairing.families import check_branches, check_family, decoder_of
+from lp_train.pairing import check_branches, check_family, decoder_of, is_paired
 from lp_train.selection import store
 from lp_train.selection.stack import Stack
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lp_train.errors import UserError
-from lp_train.pairing import AutoPairs
-from lp_train.pairing.plan import blocks_of
+from lp_train.pairing import AutoPairs, blocks_of
 from lp_train.selection.calibration import Calibration
 from lp_train.selection.stack import Stack
 

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.distill.replay import layer_calls
 from lp_train.errors import UserError
-from lp_train.pairing import pair_output
-from lp_train.pairing.families import check_family, decoder_of
-from lp_train.pairing.plan import blocks_of
+from lp_train.pairing import blocks_of, check_family, decoder_of, pair_output
 
 Block = tuple[int, ...]  # one layer, or the two of a pair
 
