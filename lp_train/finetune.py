@@ -123,7 +123,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
         data = data_of(config, tokenizer, tokens if tokens > 0 else None, calibration_tokens=calibration)
     say(f"data: {data.stats}")
     config, plan, base = choose_plan(config, plan, data.calibration, tokenizer, state)
-    watch = watched_tasks(config, tokenizer, dtype)
+    watch = watched_tasks(config)
 
     # the model in pairs, with something to train in them
     bench = Bench(config, data, tokenizer, state)
@@ -281,13 +281,8 @@ def make_trainer(model: nn.Module, args: SFTConfig, bench: Bench) -> PairedTrain
 def train_control(plan: PairPlan, args: SFTConfig, bench: Bench, resume: bool) -> Fidelity:
     """The same training without pairs. Cross-entropy alone also moves the original, which recovery must not count."""
     say("control: the same adapters and data, layers in order")
-    alone: dict[str, Any] = {
-        "report_to": "none",
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-    }
-    args = dataclasses.replace(args, output_dir=f"{args.output_dir}/control", **alone)
+    alone: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    args = dataclasses.replace(args, output_dir=f"{args.output_dir}/control", report_to="none", **alone)
     set_seed(args.seed)
     model = build_model(bench.config, plan, bench.state.device)
     with in_order(model):

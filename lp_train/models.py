@@ -186,14 +186,13 @@ def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Modu
     dtype, model_config = resolve_dtype(config.dtype, where), load_model_config(config)
     if dropouts := _remove_dropout(model_config):
         print(f"note: {', '.join(dropouts)} of the base is set to 0: as its own teacher it must say the same twice")
-    kwargs: dict[str, Any] = {"dtype": dtype, "config": model_config}
-    kwargs["attn_implementation"] = attention_of(config, model_config)
+    kwargs: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    kwargs |= {"dtype": dtype, "config": model_config, "attn_implementation": attention_of(config, model_config)}
     if config.quantization == "nf4":
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
         kwargs["device_map"] = {"": where}
-    kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = _from_hub(AutoModelForCausalLM.from_pretrained, config, **kwargs)
     _refuse_missing_weights(config, found)
     _keep_4bit_weights_trainable_through(model)

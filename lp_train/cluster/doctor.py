@@ -214,9 +214,8 @@ def memory(node: Node) -> Finding:
         return "ok", "not computed without a configuration"
     rows, _ = split_of(config, state.num_processes)
     how = choose_engine(config, model, model.dtype, state.device, triton=True)
-    need = sum(
-        memory_per_gpu(model, config, kind := KINDS.get(engine.asked(), "ddp"), state.num_processes, rows, how).values()
-    )
+    kind = KINDS.get(engine.asked(), "ddp")
+    need = sum(memory_per_gpu(model, config, kind, state.num_processes, rows, how).values())
     have = available_gib(state.device)
     text = f"{need:.1f} GiB by the estimate of --dry-run ({kind}), {have:.1f} there"
     if need < 0.9 * have:
@@ -232,15 +231,9 @@ def show_plan(node: Node) -> None:
     (plan, algebra), costs = plan_of(model), forward_costs(model, config.train["max_length"])
     have, rates = available_gib(where), payoff.rates(model.dtype, where)  # in this order: what it used stays taken
     need, cache = costs["paired"]["parameters"] * model.dtype.itemsize / GIB, costs["paired"]["kv_bytes_per_token"]
-    rows = [
-        ("this machine", "measured", _device(model.dtype, where, rates)),
-        (
-            "memory to run",
-            "computed",
-            f"{need:.1f} GiB and {1000 * cache / GIB:.2f} per 1,000 cached, {have:.1f} there",
-        ),
-        ("memory to train", "computed", memory(node)[1]),
-    ]
+    to_run = f"{need:.1f} GiB and {1000 * cache / GIB:.2f} per 1,000 cached, {have:.1f} there"
+    rows = [("this machine", "measured", _device(model.dtype, where, rates)), ("memory to run", "computed", to_run)]
+    rows += [("memory to train", "computed", memory(node)[1])]
     saved = 0.0
     try:
         took = payoff.decoding(model, where, have)

@@ -1,5 +1,3 @@
 """Text for training and evaluation: sources -> tokens -> packed rows."""
 
 from lp_train.data.rows import Data, DataStats, RowCollator, data_of
-
-__all__ = ["Data", "DataStats", "RowCollator", "data_of"]

@@ -85,10 +85,9 @@ class HarnessModel(HFLM):
         prefix = self.tokenizer.decode(self.prefix_token_id)
         texts = [text for text in dict.fromkeys(strings) if not text.startswith(prefix)]
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        encoded = (
-            self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"] if texts else []
-        )
-        self._encoded.update(zip(((text, add_special_tokens) for text in texts), encoded, strict=True))
+        if texts:
+            encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
+            self._encoded.update(zip(((text, add_special_tokens) for text in texts), encoded, strict=True))
 
     # --- log-likelihoods ---------------------------------------------------------------------------------------------
 

@@ -129,28 +129,15 @@ class Suite:
             found[name] = {task: built.collect() for task, built in self.tasks.items()}
         return found, {"tokens": lm.tokens, "seconds": seconds}
 
-
-class Watch:
-    """``evaluate.tasks`` while a model trains: each task's usual figure, on the same items every time."""
-
-    def __init__(self, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
-        self.suite, self.tokenizer, self.dtype = load_suite(config), tokenizer, dtype
-        self.batch_size = config.task_batch_size
-
     @property
     def generates(self) -> bool:
         """Whether a task lets the model write its answers."""
-        requests = [i for task in self.suite.tasks.values() for of_item in task.instances for i in of_item]
+        requests = [i for task in self.tasks.values() for of_item in task.instances for i in of_item]
         return any(request.request_type == "generate_until" for request in requests)
 
-    def __call__(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, dict[str, float]]:
-        """``{variant: {"tasks/<task>/<metric>": value}}``, on every process."""
-        found, _ = self.suite.run(model, self.tokenizer, variants, self.dtype, PartialState(), self.batch_size)
-        tasks = self.suite.tasks.items()
-        return {
-            variant: {f"tasks/{t}/{b.primary}": b.figures(of_variant[t])[b.primary] for t, b in tasks}
-            for variant, of_variant in found.items()
-        }
+    def primaries(self, items: Mapping[str, Items]) -> dict[str, float]:
+        """``{"tasks/<task>/<metric>": value}``: each task's usual figure."""
+        return {f"tasks/{t}/{b.primary}": b.figures(items[t])[b.primary] for t, b in self.tasks.items()}
 
 
 # --- tasks from names ------------------------------------------------------------------------------------------------

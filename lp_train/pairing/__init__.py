@@ -13,22 +13,3 @@ from lp_train.pairing.pairs import (
     unpair_layers,
 )
 from lp_train.pairing.plan import AutoPairs, PairPlan, blocks_of
-
-__all__ = [
-    "FAMILIES",
-    "AutoPairs",
-    "PairPlan",
-    "adapters_off",
-    "blocks_of",
-    "check_branches",
-    "check_family",
-    "decoder_of",
-    "in_order",
-    "is_paired",
-    "keep_originals",
-    "pair_layers",
-    "pair_output",
-    "plan_of",
-    "sequential",
-    "unpair_layers",
-]

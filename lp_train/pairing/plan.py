@@ -105,11 +105,7 @@ class PairPlan:
     @property
     def blocks(self) -> list[tuple[int, ...]]:
         """The layers from the first pair on, in order: two for a pair, else one. In a control all run one by one."""
-        return self.blocks_from(self.first_layer)
-
-    def blocks_from(self, layer: int) -> list[tuple[int, ...]]:
-        """The same from any layer on that is not the second of a pair."""
-        return blocks_of((first for first, _ in self.pairs), layer, self.num_layers)
+        return blocks_of((first for first, _ in self.pairs), self.first_layer, self.num_layers)
 
     @property
     def effective_depth(self) -> int:

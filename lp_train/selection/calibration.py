@@ -101,16 +101,10 @@ class Calibration:
                 sums = torch.cat(found) * (first <= last)  # there may be fewer batches than processes
                 sums = reduce(sums.to(self.state.device), "sum").cpu()
                 total = sums if total is None else total + sums
-                check_finite(total)
+                if not total.isfinite().all():
+                    rule = "layers side by side give NaN or infinite values where the original does not"
+                    raise UserError(f"{rule}; set model.dtype bfloat16 or float32")
                 if self.state.is_main_process:
                     store.write(file, self.about, {"rows": start + rounds.step, "sums": total.tolist()})
         assert total is not None
         return total
-
-
-def check_finite(sums: Tensor) -> None:
-    if not sums.isfinite().all():
-        raise UserError(
-            "layers side by side give NaN or infinite values where the original does not; set model.dtype bfloat16 or "
-            "float32"
-        )
