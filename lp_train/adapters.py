@@ -1,7 +1,5 @@
 """What is trained: LoRA on the paired blocks (PEFT), or the paired blocks' own weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path

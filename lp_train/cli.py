@@ -15,8 +15,6 @@ On several GPUs each is launched as a module:
     accelerate launch --num_processes 8 --module lp_train.cli finetune configs/llama8b.yaml
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import os

@@ -5,8 +5,6 @@ Three steps, each over the one before: defaults (the dataclasses here and ``trai
 own names.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence

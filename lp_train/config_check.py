@@ -1,7 +1,5 @@
 """Reads plain YAML values into typed fields and collects what is wrong, instead of stopping at the first mistake."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import enum

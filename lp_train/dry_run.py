@@ -4,8 +4,6 @@ What cannot be reached (a gated model, the hub without network, files that are e
 says so: the model's shape by ``configs/shapes/``, the tokenizer by SmolLM2's, the text by ``builtin:pydocs``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The one exception type for mistakes of the user, how commands tell them, and the arguments that all of them take."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import re

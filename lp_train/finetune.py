@@ -8,8 +8,6 @@ Two steps on a CPU, to see it run:
     accelerate launch lp_train/finetune.py configs/demo.yaml train.max_steps=2 evaluate.tokens=2048 --overwrite
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models and tokenizers: found, loaded, saved, and described."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """The folder of one run: opened, resumed, and never mixed with another."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

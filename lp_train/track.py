@@ -1,7 +1,5 @@
 """Weights & Biases through the Trainer: one run per job, its id kept in the run folder, offline where it must be."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import netrc

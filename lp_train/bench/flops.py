@@ -1,7 +1,5 @@
 """The FLOPs of one training step, product by product, and what GPUs can do at most: the two halves of an MFU."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence

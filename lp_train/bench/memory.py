@@ -1,7 +1,5 @@
 """The memory of one GPU, by the rules that each function states."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from lp_train.adapters import count_parameters

@@ -1,7 +1,5 @@
 """What one GPU of many holds and sends, by the rules that each function states: whole weights on each, or shards."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from lp_train.adapters import count_parameters

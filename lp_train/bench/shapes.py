@@ -1,7 +1,5 @@
 """Decoder layers in numbers, read off a paired model with its adapters; one without memory (meta) will do."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Checkpoints that are whole or not there: written aside, listed, brought to disk, renamed; looked over before use."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

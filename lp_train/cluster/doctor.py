@@ -14,8 +14,6 @@ Will it pay? Expected speed-up, memory and training time on this machine, measur
 Exit code 1 where a check FAILED. Keys are looked for, never shown.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import datetime

@@ -1,7 +1,5 @@
 """The engine that accelerate's configuration asks for, and the one that runs."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The start and the end of a process: engine, threads, memory, and what libraries print."""
 
-from __future__ import annotations
-
 import ctypes.util
 import importlib.util
 import logging

@@ -1,7 +1,5 @@
 """Sharded weights (FSDP2, ZeRO-3): what is one unit, and how the whole of a weight is had."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

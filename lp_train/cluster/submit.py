@@ -1,7 +1,5 @@
 """``evaluate.submit: slurm``: one evaluation job for each checkpoint, submitted when it is saved."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Which documents are drawn for training and evaluation, and in which order. Train, eval, calibration are disjoint."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Sources of text: local files, hub datasets and ``builtin:pydocs``, as documents in a seeded order."""
 
-from __future__ import annotations
-
 import dataclasses
 import glob
 import hashlib

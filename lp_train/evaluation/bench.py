@@ -1,8 +1,6 @@
 """The held-out text of one run and how it is measured: the same rows, precision and processes for every model; greedy
 answers beside it, because likelihood hides what happens in generation."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

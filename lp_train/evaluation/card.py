@@ -1,7 +1,5 @@
 """The model card beside the weights, with the figures in the hub's metadata format."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """NLL, KL and top-1 agreement of a paired model against the same weights run in order, on the same tokens."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

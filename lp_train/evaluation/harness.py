@@ -4,8 +4,6 @@ Plain ``HFLM`` gives the same numbers. It projects every position to the vocabul
 text by text, and with a model that is loaded already believes to be alone.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor

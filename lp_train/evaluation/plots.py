@@ -1,7 +1,5 @@
 """The plots of a report. Each draws a figure that stays readable 360 pixels wide and without colour."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

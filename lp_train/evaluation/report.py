@@ -1,7 +1,5 @@
 """What a run found, in figures and in words: report.json, report.md, report.html and the plots."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

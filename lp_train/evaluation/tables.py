@@ -1,7 +1,5 @@
 """The figures of a report or an evaluation as tables and in words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 The tasks of ``configs/tasks`` read local files; every other name is one of lm-eval's own, from the hub.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import itertools

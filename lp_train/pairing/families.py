@@ -5,8 +5,6 @@ norms (and dropouts) of a branch stand. To add one: a line in ``FAMILIES`` and a
 ``check_branches`` refuses a line that is wrong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any

@@ -12,8 +12,6 @@ Under a rank the fits are reduced-rank regressions (Izenman 1975), of the two do
 a rank of its own. The result is the weights of LoRA adapters; the base stays as it is.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

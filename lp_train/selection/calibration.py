@@ -1,7 +1,5 @@
 """Calibration text, and sums over its batches: shared out over processes, kept as far as they have come."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """``plan.pairs: auto:...`` becomes pairs: chosen greedily on calibration text, or as an earlier run chose them."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from accelerate import PartialState

@@ -3,8 +3,6 @@
 A candidate shares everything below it with the plan so far; only the layers above run anew.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """One batch in the layers of an unpaired base, called one by one, or two side by side, from any state of the stream."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

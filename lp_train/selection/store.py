@@ -1,7 +1,5 @@
 """What was measured is kept by what it was measured on: base, calibration text, algebra, precision and versions."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
