@@ -55,6 +55,7 @@ LEVELS = ("ok", "warning", "FAILED")
 PATIENCE = datetime.timedelta(seconds=120)  # for processes that do not answer
 KINDS = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}  # as bench.scaling names them; all others: ddp
 Finding = tuple[str, str]  # one of LEVELS, and what was found
+Line = tuple[str, str, str]  # of --plan: what, how it is known, the figure
 
 
 class Node(NamedTuple):
@@ -258,9 +259,7 @@ def _device(dtype: torch.dtype, where: torch.device, rates: payoff.Rates) -> str
     return f"{what}, {str(dtype).removeprefix('torch.')}: {speeds}{note}"
 
 
-def _training(
-    config: Config, model: nn.Module, flops: float, where: torch.device, saved: float
-) -> list[tuple[str, str, str]]:
+def _training(config: Config, model: nn.Module, flops: float, where: torch.device, saved: float) -> list[Line]:
     """Lines on the time of training at ``flops`` FLOPs per second, and on the tokens that earn it back."""
     steps, tokens = count_steps(config, model.dtype, None), config.train["global_batch_tokens"]
     if steps is None:

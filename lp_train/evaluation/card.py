@@ -24,13 +24,9 @@ def write_card(
 
 def model_card(report: Mapping[str, Any], base: str, tables: Sequence[Table], results: Sequence[EvalResult]) -> str:
     library, loader = LOADERS[report["tune"]]
-    head = ModelCardData(
-        base_model=base,
-        library_name=library,
-        tags=["layer-parallel"],
-        model_name=report["name"],
-        eval_results=[*_held_out(report["recovered"]), *results],
-    )
+    about: dict[str, Any] = {"base_model": base, "library_name": library, "tags": ["layer-parallel"]}
+    measured = [*_held_out(report["recovered"]), *results]
+    head = ModelCardData(**about, model_name=report["name"], eval_results=measured)
     shown = "\n\n".join(map(str, tables))
     return f"""---
 {head.to_yaml()}

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lp_train.adapters import autocast
+from lp_train.bench.shapes import layer_shapes
 from lp_train.cluster.shard import inside
 from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.errors import UserError
@@ -245,10 +246,7 @@ class HarnessModel(HFLM):
 
 def cache_bytes_per_token(model: nn.Module) -> int:
     """Of keys and values in all layers, in the precision of the weights."""
-    config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return 2 * sum(layer.keys for layer in layer_shapes(model)) * model.dtype.itemsize
 
 
 def _gathered(parts: list[Tensor]) -> list[list[float]]:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -145,7 +146,7 @@ def write_page(folder: Path, title: str, sections: Sections) -> None:
 def write(path: Path, content: str | bytes) -> None:
     """The whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.rename(path)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 import lp_train
 from lp_train.errors import UserError
+from lp_train.evaluation.report import write as write_whole
 from lp_train.models import cache_folder, fingerprint
 from lp_train.pairing.families import decoder_of
 
@@ -49,10 +49,7 @@ def folder_of(made_for: dict[str, Any]) -> Path:
 
 def write(file: Path, made_for: dict[str, Any], content: dict[str, Any]) -> None:
     """``content`` with what it was made for, as JSON, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"about": made_for, **content}, indent=1) + "\n")
-    temporary.replace(file)
+    write_whole(file, json.dumps({"about": made_for, **content}, indent=1) + "\n")
 
 
 def read(file: Path, made_for: dict[str, Any]) -> dict[str, Any] | None:
