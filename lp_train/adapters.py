@@ -63,10 +63,8 @@ def _refuse_shared_layers(model: nn.Module, plan: PairPlan) -> None:
     for name, parameter in model.named_parameters():
         layer = re.search(r"\.layers\.(\d+)\.", name)
         if parameter.requires_grad and not (layer and int(layer[1]) >= plan.first_layer):
-            raise UserError(
-                f"lora: it would train {name}, which original and paired model share; adapters go into layers "
-                f"{plan.first_layer} to {plan.num_layers - 1}"
-            )
+            rule = f"adapters go into layers {plan.first_layer} to {plan.num_layers - 1}"
+            raise UserError(f"lora: it would train {name}, which original and paired model share; {rule}")
 
 
 def start_from_activations(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> None:
@@ -168,7 +166,6 @@ def check_adapter(model: nn.Module, folder: Path, live: dict[str, Tensor]) -> No
     empty = [name for name, value in live.items() if not value.numel()]
     if wrong or empty or len(saved) != len(live):
         first = sorted(wrong or empty or live)[0]
-        raise UserError(
-            f"{folder}: {len(saved)} tensors saved of {len(live)} that are trained, {len(wrong)} differ from those in "
-            f"memory ({first} first): this adapter is not whole; use configs/accelerate/ddp.yaml and report it"
-        )
+        found = f"{len(saved)} tensors saved of {len(live)} that are trained, {len(wrong)} differ from those in memory"
+        remedy = "this adapter is not whole; use configs/accelerate/ddp.yaml and report it"
+        raise UserError(f"{folder}: {found} ({first} first): {remedy}")

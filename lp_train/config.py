@@ -271,9 +271,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(
-            f"config {path}: {error.strerror}; give the path of a YAML file, e.g. configs/demo.yaml"
-        ) from None
+        remedy = "give the path of a YAML file, e.g. configs/demo.yaml"
+        raise UserError(f"config {path}: {error.strerror}; {remedy}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: not YAML ({_one_line(error)}); correct it there") from None
     if not isinstance(raw, dict):
@@ -335,16 +334,14 @@ def batch_split(
     rows, rest = divmod(global_batch_tokens, unit)
     if rest or not rows:
         near = sorted({max(rows, 1) * unit, (rows + 1) * unit})
-        raise UserError(
-            f"train.global_batch_tokens {global_batch_tokens}: not a multiple of max_length {max_length} x "
-            f"{num_processes} processes; use {' or '.join(map(str, near))}"
-        )
+        rule = f"not a multiple of max_length {max_length} x {num_processes} processes"
+        remedy = f"use {' or '.join(map(str, near))}"
+        raise UserError(f"train.global_batch_tokens {global_batch_tokens}: {rule}; {remedy}")
     for name, value in (("per_device_train_batch_size", per_device), ("gradient_accumulation_steps", accumulation)):
         if value is not None and (value < 1 or rows % value):
-            raise UserError(
-                f"train.{name} {value}: does not divide the {rows} rows that each of {num_processes} processes has in "
-                f"{global_batch_tokens} tokens; use one of {', '.join(map(str, _divisors(rows)))}"
-            )
+            has = f"the {rows} rows that each of {num_processes} processes has in {global_batch_tokens} tokens"
+            remedy = f"use one of {', '.join(map(str, _divisors(rows)))}"
+            raise UserError(f"train.{name} {value}: does not divide {has}; {remedy}")
     if per_device is None:
         per_device = rows // accumulation if accumulation else max(d for d in _divisors(rows) if d <= MAX_PER_DEVICE)
     if accumulation is not None and per_device * accumulation != rows:

@@ -84,9 +84,8 @@ def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
         shape = SHAPES / f"{model.name_or_path.rstrip('/').rpartition('/')[2].rpartition(':')[2]}.json"
         if not shape.is_file():
             raise
-        print(
-            f"note: {error}\nnote: instead, the shape is that of configs/shapes/{shape.name}, the tokenizer SmolLM2's"
-        )
+        instead = f"the shape is that of configs/shapes/{shape.name}, the tokenizer SmolLM2's"
+        print(f"note: {error}\nnote: instead, {instead}")
         return AutoConfig.from_pretrained(shape), False
 
 

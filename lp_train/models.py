@@ -85,10 +85,8 @@ def refuse_pickles(folder: Path, what: str) -> None:
     """Raises UserError where no weights are in the folder but pickled ones."""
     if any(folder.glob("*.safetensors")) or not any(path for pattern in PICKLES for path in folder.glob(pattern)):
         return
-    raise UserError(
-        f"{what}: only pickle files in it, which can run code when loaded; save the model as safetensors first "
-        "(model.save_pretrained)"
-    )
+    rule = "only pickle files in it, which can run code when loaded"
+    raise UserError(f"{what}: {rule}; save the model as safetensors first (model.save_pretrained)")
 
 
 def _dequantised(folder: Path) -> Path:
@@ -162,9 +160,8 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, config)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise UserError(
-                f"tokenizer of {config.name_or_path!r}: neither a padding nor an end-of-text token; set one and save it"
-            )
+            rule = "neither a padding nor an end-of-text token; set one and save it"
+            raise UserError(f"tokenizer of {config.name_or_path!r}: {rule}")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -210,10 +207,9 @@ def _refuse_missing_weights(config: ModelConfig, found: dict[str, Any]) -> None:
     """Transformers gives weights that a checkpoint lacks random values and says so in a warning only."""
     lacking = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
     if lacking:
-        raise UserError(
-            f"model.name_or_path {config.name_or_path!r}: {len(lacking)} weights are missing or of another shape, "
-            f"{lacking[0]} first; give the checkpoint that belongs to its config.json"
-        )
+        rule = f"{len(lacking)} weights are missing or of another shape, {lacking[0]} first"
+        remedy = "give the checkpoint that belongs to its config.json"
+        raise UserError(f"model.name_or_path {config.name_or_path!r}: {rule}; {remedy}")
 
 
 def require_bitsandbytes() -> None:

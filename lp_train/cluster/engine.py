@@ -95,8 +95,6 @@ def look(prepared: nn.Module, ours: int, everything: int) -> dict[str, Any]:
         rule = f"asked for, but {found[differing]} runs; launch with one of configs/accelerate/*.yaml"
         raise UserError(f"accelerate's {differing} {wanted[differing]}: {rule}")
     if asked() in IN_PARTS and world > 1 and share > 1.5 / world:
-        raise UserError(
-            f"accelerate's engine {asked()}: each of {world} processes should hold a part of the weights, this one "
-            f"holds {share:.0%}; launch with one of configs/accelerate/*.yaml"
-        )
+        rule = f"each of {world} processes should hold a part of the weights, this one holds {share:.0%}"
+        raise UserError(f"accelerate's engine {asked()}: {rule}; launch with one of configs/accelerate/*.yaml")
     return found

@@ -81,10 +81,8 @@ def _refuse_shared_rows(opened: dict[Role, list[OpenSource]]) -> None:
     for first, second in itertools.combinations(_ROLES, 2):
         for one, other in itertools.product(opened[first], opened[second]):
             if shared := sorted(one.identity & other.identity):
-                raise UserError(
-                    f"{one.label}: {shared[0]} is also in data.{second}; give each its own text, "
-                    "or leave data.eval out to hold documents out by themselves"
-                )
+                remedy = "give each its own text, or leave data.eval out to hold documents out by themselves"
+                raise UserError(f"{one.label}: {shared[0]} is also in data.{second}; {remedy}")
     for source in opened["calibration"]:
         if source.streamed:
             raise UserError(f"{source.label}: calibration text is read whole, to keep it apart; set streaming: false")

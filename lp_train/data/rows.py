@@ -104,10 +104,9 @@ def data_of(
     evaluation = pack(held_out, max_length, everywhere, two_labels, domains)
     for name, rows in (("train", train), ("eval", evaluation)):
         if not _trained(rows):
-            raise UserError(
-                f"data.{name}: zero trained tokens (no assistant turn or completion, or only one-token documents); "
-                "check the roles, or set loss.kd_on all"
-            )
+            why = "no assistant turn or completion, or only one-token documents"
+            remedy = "check the roles, or set loss.kd_on all"
+            raise UserError(f"data.{name}: zero trained tokens ({why}); {remedy}")
     stats = _count(data, documents, train, evaluation, len(views.excluded))
     share = stats.dropped_tokens / (stats.tokens + stats.dropped_tokens)
     if share > MAX_DROPPED and not data.truncate:

@@ -105,9 +105,8 @@ class Encoder:
 
     def _encode_chats(self, documents: list[Document]) -> list[Tokens]:
         if documents and self.tokenizer.chat_template is None:
-            raise UserError(
-                f"{self.name}: no chat template for data with messages; use the instruct model, or prompt/completion"
-            )
+            rule = "no chat template for data with messages; use the instruct model, or prompt/completion"
+            raise UserError(f"{self.name}: {rule}")
         if documents and not self.tokenizer.is_fast:
             raise UserError(f"{self.name}: chat masks need a fast tokenizer; save it with a tokenizer.json")
         try:

@@ -102,8 +102,8 @@ def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Tens
     inputs = prompts.to(next(model.parameters()).device)
     end = tokenizer.eos_token_id
     with evaluating(model):
-        options = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-        options |= {"eos_token_id": end, "pad_token_id": int(tokenizer.pad_token_id or 0)}
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "eos_token_id": end}
+        options |= {"max_new_tokens": new_tokens, "pad_token_id": int(tokenizer.pad_token_id or 0)}
         options["synced_gpus"] = True if in_parts(model) and dist.is_initialized() else None
         greedy = functools.partial(model.generate, input_ids=inputs, attention_mask=torch.ones_like(inputs), **options)
         made = inside(model, greedy)[:, inputs.shape[1] :].tolist()

@@ -116,9 +116,8 @@ class HarnessModel(HFLM):
         windows: list[Request] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
-            parts = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
-            )
+            tokens = self.tok_encode(request.args[0])
+            parts = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             windows += [(None, *make_disjoint_window(part)) for part in parts]
             owners += [i] * (len(windows) - len(owners))
         found, sums = self._score_all(self._loglikelihood_tokens(windows), len(windows)), {}
@@ -170,10 +169,9 @@ class HarnessModel(HFLM):
 
     def _check_length(self, request: int, tokens: int) -> None:
         if tokens > self.max_length:
-            raise UserError(
-                f"task {self._tasks[request]}: an item has {tokens:,} tokens with its examples, the model takes "
-                f"{self.max_length:,}; lower evaluate.num_fewshot or leave the task out"
-            )
+            rule = f"an item has {tokens:,} tokens with its examples, the model takes {self.max_length:,}"
+            remedy = "lower evaluate.num_fewshot or leave the task out"
+            raise UserError(f"task {self._tasks[request]}: {rule}; {remedy}")
 
     def _score_all(self, batches: list[Batch], requests: int) -> dict[str, Tensor]:
         """:meth:`_score` for each variant, on this process's share and without waiting for the device."""

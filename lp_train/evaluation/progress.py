@@ -71,17 +71,15 @@ class Progress:
 
 def watched_tasks(config: Config) -> Suite | None:
     """``evaluate.tasks`` as they are measured during training, if ``train.task_steps`` says so."""
-    if not config.train["task_steps"]:
+    if not (steps := config.train["task_steps"]):
         return None
     if importlib.util.find_spec("lm_eval") is None:
         remedy = "run `pip install -e .[eval]`, or set it to null"
-        raise UserError(f"train.task_steps {config.train['task_steps']}: tasks need the package lm-eval; {remedy}")
+        raise UserError(f"train.task_steps {steps}: tasks need the package lm-eval; {remedy}")
     from lp_train.evaluation.tasks import load_suite
 
     watch = load_suite(config.evaluate)
     if engine.asked() in engine.IN_PARTS and watch.generates:
         rule = f"one that generates would wait for itself under {engine.asked()}, where answers end at different tokens"
-        raise UserError(
-            f"train.task_steps {config.train['task_steps']}: {rule}; measure it with scripts/evaluate_run.py"
-        )
+        raise UserError(f"train.task_steps {steps}: {rule}; measure it with scripts/evaluate_run.py")
     return watch

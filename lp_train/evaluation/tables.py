@@ -71,11 +71,8 @@ def domain_table(domains: Sequence[Mapping[str, Any]]) -> Table:
 def sentence(report: Mapping[str, Any]) -> str:
     """The result in words."""
     layers, depth = report["plan"]["num_layers"], report["effective_depth"]
-    text = (
-        f"{_change(report['plan'])} makes the longest path {depth} layers "
-        f"instead of {layers} and costs {report['gap']['nll']:.3f} nats per token; "
-        f"{_effort(report)} "
-    )
+    text = f"{_change(report['plan'])} makes the longest path {depth} layers instead of {layers} "
+    text += f"and costs {report['gap']['nll']:.3f} nats per token; {_effort(report)} "
     nll, kl = report["recovery"]["nll"], report["recovery"]["kl"]
     if nll is None or kl is None:
         return text + "cannot be judged: the cost is within twice its standard error on this text."

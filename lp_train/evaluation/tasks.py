@@ -156,10 +156,9 @@ def load_suite(config: EvaluateConfig) -> Suite:
         raise
     except (OSError, ValueError, KeyError) as error:
         first_line = f"{error}\n".strip().partition("\n")[0]
-        raise UserError(
-            f"evaluate.tasks {', '.join(config.tasks)}: cannot be loaded ({first_line}); name each task once, and "
-            "for tasks of the hub check the network (HF_HUB_OFFLINE)"
-        ) from error
+        remedy = "name each task once, and for tasks of the hub check the network (HF_HUB_OFFLINE)"
+        names = ", ".join(config.tasks)
+        raise UserError(f"evaluate.tasks {names}: cannot be loaded ({first_line}); {remedy}") from error
     tasks = {name: _build(name, task, config) for name, task in loaded["tasks"].items()}
     random.setstate(random_state)  # lm-eval draws names for tasks, also where it does not need them
     return Suite(tasks, loaded.get("groups", {}))
@@ -186,9 +185,8 @@ def _check_names(names: list[str], manager: TaskManager) -> None:
         if name not in manager.task_index and not Path(name).expanduser().is_file():
             ours = [known for known in manager.all_tasks if known.startswith(name)] or manager.all_tasks
             near = difflib.get_close_matches(name, ours, n=3, cutoff=0.3)
-            raise UserError(
-                f"evaluate.tasks {name!r}: no such task, group or file; did you mean {' or '.join(near) or 'seven'}?"
-            )
+            rule = f"no such task, group or file; did you mean {' or '.join(near) or 'seven'}?"
+            raise UserError(f"evaluate.tasks {name!r}: {rule}")
 
 
 def _build(name: str, task: Task, config: EvaluateConfig) -> Built:

@@ -108,14 +108,12 @@ def check_branches(model: nn.Module, family: Family, indices: Iterable[int]) -> 
         ours, own = h + family.mlp_branch(layer, h), layer(x, **kwargs)
         layer.train(was_training)
         if own.isnan().any():
-            raise UserError(
-                f"layer {i} gives NaN; check the checkpoint's weights, or set model.dtype bfloat16 or float32"
-            )
+            remedy = "check the checkpoint's weights, or set model.dtype bfloat16 or float32"
+            raise UserError(f"layer {i} gives NaN; {remedy}")
         if not torch.allclose(ours.float(), own.float(), rtol=1e-2, atol=1e-3 * own.float().abs().max().item()):
-            raise UserError(
-                f"model type {model.config.model_type!r}: layer {i} ({type(layer).__name__}) is not attention plus "
-                f"mlp on the residual stream as this family's are; supported: {', '.join(sorted(FAMILIES))}"
-            )
+            what = f"model type {model.config.model_type!r}: layer {i} ({type(layer).__name__})"
+            rule = "is not attention plus mlp on the residual stream as this family's are"
+            raise UserError(f"{what} {rule}; supported: {', '.join(sorted(FAMILIES))}")
 
 
 def _random_hidden(model: nn.Module) -> Tensor:

@@ -37,10 +37,9 @@ class Stack:
         good = torch.stack([state.isfinite().all() for state in self.states]).tolist()  # waits for the device once
         if not all(good):
             where = f"layer {good.index(False) - 1}" if good[0] else "the embedding"
-            raise UserError(
-                f"{where} of the original gives NaN or infinite values in {str(self.states[0].dtype)[6:]}; "
-                "check the checkpoint, or set model.dtype bfloat16 or float32"
-            )
+            rule = f"gives NaN or infinite values in {str(self.states[0].dtype)[6:]}"
+            remedy = "check the checkpoint, or set model.dtype bfloat16 or float32"
+            raise UserError(f"{where} of the original {rule}; {remedy}")
 
     def layer(self, i: int, hidden: Tensor) -> Tensor:
         layer, kwargs = self.calls[i]
