@@ -147,19 +147,13 @@ class Config:
 
 
 SECTIONS = (ModelConfig, PlanConfig, LossConfig, DataConfig, EvaluateConfig, TrackConfig)
-_TRAIN_TYPES = {  # ours, and where we allow more or less than the library
-    "global_batch_tokens": int,
-    "max_steps_float32": int,
-    "max_length": int,
-    "gradient_checkpointing_every": int,
-    "task_steps": int | None,
-    "early_stopping_patience": int | None,
-    "metric_for_best_model": Literal["kl", "nll"],
-    "torch_compile": bool | Literal["auto"],
-    "cuda_graph": bool | Literal["auto"],
-    "fp8": bool,
-    "max_steps": int | None,
+_TRAIN_TYPES: dict[str, Any] = {  # ours, and where we allow more or less than the library
+    **dict.fromkeys(("global_batch_tokens", "max_steps_float32", "max_length", "gradient_checkpointing_every"), int),
+    **dict.fromkeys(("max_steps", "task_steps", "early_stopping_patience"), int | None),
     "num_train_epochs": float | None,
+    "metric_for_best_model": Literal["kl", "nll"],
+    **dict.fromkeys(("torch_compile", "cuda_graph"), bool | Literal["auto"]),
+    "fp8": bool,
 }
 _LORA_TYPES = {
     "scope": Literal["paired", "suffix"],
@@ -345,11 +339,9 @@ def batch_split(
     if per_device is None:
         per_device = rows // accumulation if accumulation else max(d for d in _divisors(rows) if d <= MAX_PER_DEVICE)
     if accumulation is not None and per_device * accumulation != rows:
-        raise UserError(
-            f"train.per_device_train_batch_size {per_device} x gradient_accumulation_steps {accumulation} x "
-            f"{num_processes} processes x max_length {max_length} = {per_device * accumulation * unit} tokens, not "
-            f"global_batch_tokens {global_batch_tokens}; leave one of them out"
-        )
+        given = f"train.per_device_train_batch_size {per_device} x gradient_accumulation_steps {accumulation}"
+        made = f"{num_processes} processes x max_length {max_length} = {per_device * accumulation * unit} tokens"
+        raise UserError(f"{given} x {made}, not global_batch_tokens {global_batch_tokens}; leave one of them out")
     return per_device, rows // per_device
 
 

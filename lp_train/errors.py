@@ -29,9 +29,8 @@ def command_line(program: str, description: str | None, config: str | None = Non
     if called.startswith("lp-train "):
         launched = rf"(?:python(?: -m)?|accelerate launch) [\w/.]*\b{re.escape(program)}(?!\w)"
         program, description = called, re.sub(launched, called, description or "")
-    parser = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=program, description=description, formatter_class=form)
     if config:
         parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
         parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=f"e.g. {config}")
