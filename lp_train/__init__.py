@@ -5,7 +5,7 @@ also makes Transformers' Auto classes know the model types of exported checkpoin
 """
 
 import sys
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -51,22 +51,20 @@ def _register_when_asked(auto: ModuleType) -> None:
     auto.CONFIG_MAPPING.__class__ = type(base.__name__, (base,), {"__contains__": contains, "__reduce__": reduce})
 
 
-class _AfterImport(Loader, MetaPathFinder):
+class _AfterImport(MetaPathFinder):
     """Transformers has no entry points: this runs :func:`_register_when_asked` right after its table is imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path) if name == AUTO else None
-        if spec is not None:
-            self._own, spec.loader = spec.loader, self
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                _register_when_asked(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._own.create_module(spec) if self._own else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = module.__spec__.loader = self._own  # type: ignore[union-attr]
-        module.__loader__.exec_module(module)  # type: ignore[union-attr]
-        _register_when_asked(module)
 
 
 if AUTO in sys.modules:

@@ -1,29 +1,17 @@
 """What is trained: LoRA on the paired blocks (PEFT), or the paired blocks' own weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import peft
 import torch
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    initialize_lora_eva_weights,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
 from torch import Tensor, nn
 
 from lp_train.config import Config
 from lp_train.errors import UserError
 from lp_train.models import check_stamp
-from lp_train.pairing import PairPlan
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing import PairPlan, decoder_of
 
 ADAPTER_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
 
@@ -55,7 +43,7 @@ def attach(model: nn.Module, plan: PairPlan, config: Config) -> nn.Module:
     if saved := options.get("modules_to_save"):
         options["modules_to_save"] = [name for name, _ in modules_of(model, layers) if selects(saved, name)] or saved
     try:
-        model = get_peft_model(model, LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM"))
+        model = peft.get_peft_model(model, peft.LoraConfig(**options, target_modules=targets, task_type="CAUSAL_LM"))
     except (ValueError, TypeError) as error:
         raise UserError(f"lora: PEFT refuses it: {' '.join(str(error).split())}") from error
     _refuse_shared_layers(model, plan)
@@ -75,10 +63,8 @@ def _refuse_shared_layers(model: nn.Module, plan: PairPlan) -> None:
     for name, parameter in model.named_parameters():
         layer = re.search(r"\.layers\.(\d+)\.", name)
         if parameter.requires_grad and not (layer and int(layer[1]) >= plan.first_layer):
-            raise UserError(
-                f"lora: it would train {name}, which original and paired model share; adapters go into layers "
-                f"{plan.first_layer} to {plan.num_layers - 1}"
-            )
+            rule = f"adapters go into layers {plan.first_layer} to {plan.num_layers - 1}"
+            raise UserError(f"lora: it would train {name}, which original and paired model share; {rule}")
 
 
 def start_from_activations(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> None:
@@ -86,7 +72,7 @@ def start_from_activations(model: nn.Module, batches: Iterable[dict[str, torch.T
 
     The paired model reads the batches (``input_ids``, ``position_ids`` [B, T]); its output does not change.
     """
-    initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
+    peft.initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
 
 
 def projections(model: nn.Module, layers: Iterable[int]) -> Iterator[str]:
@@ -150,19 +136,19 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """
     what = f"lora.start_from {str(folder)!r}"
     check_stamp(folder, model)
-    theirs, ours = PeftConfig.from_pretrained(str(folder)), model.peft_config["default"]
+    theirs, ours = peft.PeftConfig.from_pretrained(str(folder)), model.peft_config["default"]
     for key in ADAPTER_KEYS:
         if getattr(theirs, key) != getattr(ours, key):
             stored = getattr(theirs, key)
             raise UserError(f"{what}: made with lora.{key} {stored}, this run has {getattr(ours, key)}; use {stored}")
-    weights, wanted = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model)
+    weights, wanted = peft.load_peft_weights(str(folder), device="cpu"), peft.get_peft_model_state_dict(model)
     shapes, expected = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (weights, wanted))
     differing = sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n))
     if differing:
         name = differing[0]
         found = f"{name} is {shapes.get(name, 'missing')} in it and {expected.get(name, 'missing')} in this run"
         raise UserError(f"{what}: {found}; use the lora section of the run that made it")
-    set_peft_model_state_dict(model, weights)
+    peft.set_peft_model_state_dict(model, weights)
 
 
 def check_adapter(model: nn.Module, folder: Path, live: dict[str, Tensor]) -> None:
@@ -171,15 +157,15 @@ def check_adapter(model: nn.Module, folder: Path, live: dict[str, Tensor]) -> No
     Raises:
         UserError: one is missing, of another shape or of other values; nothing is compared without adapters.
     """
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, peft.PeftModel):
         return
-    saved, expected = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model, state_dict=live)
+    saved = peft.load_peft_weights(str(folder), device="cpu")
+    expected = peft.get_peft_model_state_dict(model, state_dict=live)
     wrong = [name for name in saved.keys() ^ expected.keys()]
     wrong += [name for name in saved.keys() & expected.keys() if not torch.equal(saved[name], expected[name])]
     empty = [name for name, value in live.items() if not value.numel()]
     if wrong or empty or len(saved) != len(live):
         first = sorted(wrong or empty or live)[0]
-        raise UserError(
-            f"{folder}: {len(saved)} tensors saved of {len(live)} that are trained, {len(wrong)} differ from those in "
-            f"memory ({first} first): this adapter is not whole; use configs/accelerate/ddp.yaml and report it"
-        )
+        found = f"{len(saved)} tensors saved of {len(live)} that are trained, {len(wrong)} differ from those in memory"
+        remedy = "this adapter is not whole; use configs/accelerate/ddp.yaml and report it"
+        raise UserError(f"{folder}: {found} ({first} first): {remedy}")

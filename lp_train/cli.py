@@ -15,8 +15,6 @@ On several GPUs each is launched as a module:
     accelerate launch --num_processes 8 --module lp_train.cli finetune configs/llama8b.yaml
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import os
@@ -57,10 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module = COMMANDS[name]
     if not module.startswith("lp_train."):
         if not (SCRIPTS / f"{module}.py").is_file():
-            return mistake(
-                f"{name}: runs from a checkout of the repository, this is an installed package with finetune and "
-                "doctor alone; clone the repository and run `pip install -e .` in it"
-            )
+            rule = "runs from a checkout of the repository, this is an installed package with finetune and doctor alone"
+            return mistake(f"{name}: {rule}; clone the repository and run `pip install -e .` in it")
         if str(SCRIPTS) not in sys.path:
             sys.path.insert(0, str(SCRIPTS))
     sys.argv = [f"lp-train {name}", *rest]  # what the command's help calls itself

@@ -5,8 +5,6 @@ Three steps, each over the one before: defaults (the dataclasses here and ``trai
 own names.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -149,19 +147,13 @@ class Config:
 
 
 SECTIONS = (ModelConfig, PlanConfig, LossConfig, DataConfig, EvaluateConfig, TrackConfig)
-_TRAIN_TYPES = {  # ours, and where we allow more or less than the library
-    "global_batch_tokens": int,
-    "max_steps_float32": int,
-    "max_length": int,
-    "gradient_checkpointing_every": int,
-    "task_steps": int | None,
-    "early_stopping_patience": int | None,
-    "metric_for_best_model": Literal["kl", "nll"],
-    "torch_compile": bool | Literal["auto"],
-    "cuda_graph": bool | Literal["auto"],
-    "fp8": bool,
-    "max_steps": int | None,
+_TRAIN_TYPES: dict[str, Any] = {  # ours, and where we allow more or less than the library
+    **dict.fromkeys(("global_batch_tokens", "max_steps_float32", "max_length", "gradient_checkpointing_every"), int),
+    **dict.fromkeys(("max_steps", "task_steps", "early_stopping_patience"), int | None),
     "num_train_epochs": float | None,
+    "metric_for_best_model": Literal["kl", "nll"],
+    **dict.fromkeys(("torch_compile", "cuda_graph"), bool | Literal["auto"]),
+    "fp8": bool,
 }
 _LORA_TYPES = {
     "scope": Literal["paired", "suffix"],
@@ -273,9 +265,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(
-            f"config {path}: {error.strerror}; give the path of a YAML file, e.g. configs/demo.yaml"
-        ) from None
+        remedy = "give the path of a YAML file, e.g. configs/demo.yaml"
+        raise UserError(f"config {path}: {error.strerror}; {remedy}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"config {path}: not YAML ({_one_line(error)}); correct it there") from None
     if not isinstance(raw, dict):
@@ -337,24 +328,20 @@ def batch_split(
     rows, rest = divmod(global_batch_tokens, unit)
     if rest or not rows:
         near = sorted({max(rows, 1) * unit, (rows + 1) * unit})
-        raise UserError(
-            f"train.global_batch_tokens {global_batch_tokens}: not a multiple of max_length {max_length} x "
-            f"{num_processes} processes; use {' or '.join(map(str, near))}"
-        )
+        rule = f"not a multiple of max_length {max_length} x {num_processes} processes"
+        remedy = f"use {' or '.join(map(str, near))}"
+        raise UserError(f"train.global_batch_tokens {global_batch_tokens}: {rule}; {remedy}")
     for name, value in (("per_device_train_batch_size", per_device), ("gradient_accumulation_steps", accumulation)):
         if value is not None and (value < 1 or rows % value):
-            raise UserError(
-                f"train.{name} {value}: does not divide the {rows} rows that each of {num_processes} processes has in "
-                f"{global_batch_tokens} tokens; use one of {', '.join(map(str, _divisors(rows)))}"
-            )
+            has = f"the {rows} rows that each of {num_processes} processes has in {global_batch_tokens} tokens"
+            remedy = f"use one of {', '.join(map(str, _divisors(rows)))}"
+            raise UserError(f"train.{name} {value}: does not divide {has}; {remedy}")
     if per_device is None:
         per_device = rows // accumulation if accumulation else max(d for d in _divisors(rows) if d <= MAX_PER_DEVICE)
     if accumulation is not None and per_device * accumulation != rows:
-        raise UserError(
-            f"train.per_device_train_batch_size {per_device} x gradient_accumulation_steps {accumulation} x "
-            f"{num_processes} processes x max_length {max_length} = {per_device * accumulation * unit} tokens, not "
-            f"global_batch_tokens {global_batch_tokens}; leave one of them out"
-        )
+        given = f"train.per_device_train_batch_size {per_device} x gradient_accumulation_steps {accumulation}"
+        made = f"{num_processes} processes x max_length {max_length} = {per_device * accumulation * unit} tokens"
+        raise UserError(f"{given} x {made}, not global_batch_tokens {global_batch_tokens}; leave one of them out")
     return per_device, rows // per_device
 
 

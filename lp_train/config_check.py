@@ -1,7 +1,5 @@
 """Reads plain YAML values into typed fields and collects what is wrong, instead of stopping at the first mistake."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import enum
@@ -111,9 +109,8 @@ def _fits(hint: Any, value: Any) -> bool:
         return any(value == v and type(value) is type(v) for v in get_args(hint))
     if origin in (list, dict):
         elements = value if origin is list else list(value.values()) if isinstance(value, dict) else []
-        return isinstance(value, origin) and all(
-            any(_fits(h, v) for h in alternatives(get_args(hint)[-1])) for v in elements
-        )
+        of_element = alternatives(get_args(hint)[-1])
+        return isinstance(value, origin) and all(any(_fits(h, v) for h in of_element) for v in elements)
     if hint in _TYPES:
         number = (int, float) if hint is float else hint
         return isinstance(value, number) and (hint is bool or not isinstance(value, bool))

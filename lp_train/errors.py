@@ -1,7 +1,5 @@
 """The one exception type for mistakes of the user, how commands tell them, and the arguments that all of them take."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import re
@@ -31,9 +29,8 @@ def command_line(program: str, description: str | None, config: str | None = Non
     if called.startswith("lp-train "):
         launched = rf"(?:python(?: -m)?|accelerate launch) [\w/.]*\b{re.escape(program)}(?!\w)"
         program, description = called, re.sub(launched, called, description or "")
-    parser = argparse.ArgumentParser(
-        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=program, description=description, formatter_class=form)
     if config:
         parser.add_argument("config", help="a YAML file, e.g. configs/demo.yaml")
         parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=f"e.g. {config}")

@@ -8,8 +8,6 @@ Two steps on a CPU, to see it run:
     accelerate launch lp_train/finetune.py configs/demo.yaml train.max_steps=2 evaluate.tokens=2048 --overwrite
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path
@@ -55,8 +53,7 @@ from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.card import write_card
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
 from lp_train.evaluation.progress import Progress, watched_tasks
-from lp_train.pairing import AutoPairs, PairPlan, in_order, keep_originals, pair_layers
-from lp_train.pairing.families import check_family, decoder_of
+from lp_train.pairing import AutoPairs, PairPlan, check_family, decoder_of, in_order, keep_originals, pair_layers
 from lp_train.run_folder import check_run_folder, checkpoint_to_resume, locked, open_run_folder
 from lp_train.selection.calibration import default_tokens
 from lp_train.selection.choose import choose_plan
@@ -124,7 +121,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
         data = data_of(config, tokenizer, tokens if tokens > 0 else None, calibration_tokens=calibration)
     say(f"data: {data.stats}")
     config, plan, base = choose_plan(config, plan, data.calibration, tokenizer, state)
-    watch = watched_tasks(config, tokenizer, dtype)
+    watch = watched_tasks(config)
 
     # the model in pairs, with something to train in them
     bench = Bench(config, data, tokenizer, state)
@@ -167,7 +164,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     if state.is_main_process:
         write_report(config, folder, report, trainer)
         track.finish(report, tables.tables(report), folder)
-    say(f"\n{tables.table(report)}\n\n{tables.sentence(report)}\n")
+    say(f"\n{tables.fidelity_table(report)}\n\n{tables.sentence(report)}\n")
     if progress.answers:
         say(tables.answers(progress.answers) + "\n")
     say(f"report {folder}/report.md and report.html, plots {folder}/plots/, weights {result_folder(config, folder)}/")
@@ -195,10 +192,8 @@ def check_base(config: Config) -> int:
     model_config = models.load_model_config(config.model).get_text_config()
     family, attention = check_family(model_config.model_type), config.model.attn_implementation
     if attention in family.wrong_attention:
-        raise UserError(
-            f"model.attn_implementation {attention!r}: leaves out a part of {model_config.model_type}'s attention; "
-            "use auto, eager or flex_attention"
-        )
+        rule = f"leaves out a part of {model_config.model_type}'s attention; use auto, eager or flex_attention"
+        raise UserError(f"model.attn_implementation {attention!r}: {rule}")
     if config.model.quantization:
         models.require_bitsandbytes()
     for key, value in {"model.quantization": config.model.quantization, "train.fp8": config.train["fp8"]}.items():
@@ -284,13 +279,8 @@ def make_trainer(model: nn.Module, args: SFTConfig, bench: Bench) -> PairedTrain
 def train_control(plan: PairPlan, args: SFTConfig, bench: Bench, resume: bool) -> Fidelity:
     """The same training without pairs. Cross-entropy alone also moves the original, which recovery must not count."""
     say("control: the same adapters and data, layers in order")
-    alone: dict[str, Any] = {
-        "report_to": "none",
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "load_best_model_at_end": False,
-    }
-    args = dataclasses.replace(args, output_dir=f"{args.output_dir}/control", **alone)
+    alone: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    args = dataclasses.replace(args, output_dir=f"{args.output_dir}/control", report_to="none", **alone)
     set_seed(args.seed)
     model = build_model(bench.config, plan, bench.state.device)
     with in_order(model):
@@ -326,7 +316,8 @@ def make_report(plan: PairPlan, figures: dict[str, Fidelity], trainer: PairedTra
 
 def write_report(config: Config, folder: Path, report: dict[str, Any], trainer: PairedTrainer) -> None:
     """The report and its plots, and the card beside the weights."""
-    reports.write_report(folder, report, trainer.state.log_history, config.train["global_batch_tokens"])
+    reports.write(folder / "report.json", reports.as_json(report))
+    reports.write_document(folder, report, trainer.state.log_history, config.train["global_batch_tokens"])
     write_card(folder, report, config.model.name_or_path)
 
 

@@ -1,7 +1,5 @@
 """Models and tokenizers: found, loaded, saved, and described."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os
@@ -15,10 +13,7 @@ import numpy
 import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import HFValidationError
-from peft import (
-    PeftConfig,
-    PeftModel,
-)
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
@@ -26,8 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lp_train.config import ModelConfig
 from lp_train.errors import UserError
-from lp_train.pairing import FAMILIES, PairPlan, pair_layers
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing import FAMILIES, PairPlan, decoder_of, pair_layers
 
 WHEEL = "wheel:"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
@@ -91,10 +85,8 @@ def refuse_pickles(folder: Path, what: str) -> None:
     """Raises UserError where no weights are in the folder but pickled ones."""
     if any(folder.glob("*.safetensors")) or not any(path for pattern in PICKLES for path in folder.glob(pattern)):
         return
-    raise UserError(
-        f"{what}: only pickle files in it, which can run code when loaded; save the model as safetensors first "
-        "(model.save_pretrained)"
-    )
+    rule = "only pickle files in it, which can run code when loaded"
+    raise UserError(f"{what}: {rule}; save the model as safetensors first (model.save_pretrained)")
 
 
 def _dequantised(folder: Path) -> Path:
@@ -168,9 +160,8 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, config)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise UserError(
-                f"tokenizer of {config.name_or_path!r}: neither a padding nor an end-of-text token; set one and save it"
-            )
+            rule = "neither a padding nor an end-of-text token; set one and save it"
+            raise UserError(f"tokenizer of {config.name_or_path!r}: {rule}")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -190,14 +181,13 @@ def load_base(config: ModelConfig, where: torch.device | None = None) -> nn.Modu
     dtype, model_config = resolve_dtype(config.dtype, where), load_model_config(config)
     if dropouts := _remove_dropout(model_config):
         print(f"note: {', '.join(dropouts)} of the base is set to 0: as its own teacher it must say the same twice")
-    kwargs: dict[str, Any] = {"dtype": dtype, "config": model_config}
-    kwargs["attn_implementation"] = attention_of(config, model_config)
+    kwargs: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    kwargs |= {"dtype": dtype, "config": model_config, "attn_implementation": attention_of(config, model_config)}
     if config.quantization == "nf4":
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
         kwargs["device_map"] = {"": where}
-    kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = _from_hub(AutoModelForCausalLM.from_pretrained, config, **kwargs)
     _refuse_missing_weights(config, found)
     _keep_4bit_weights_trainable_through(model)
@@ -217,10 +207,9 @@ def _refuse_missing_weights(config: ModelConfig, found: dict[str, Any]) -> None:
     """Transformers gives weights that a checkpoint lacks random values and says so in a warning only."""
     lacking = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
     if lacking:
-        raise UserError(
-            f"model.name_or_path {config.name_or_path!r}: {len(lacking)} weights are missing or of another shape, "
-            f"{lacking[0]} first; give the checkpoint that belongs to its config.json"
-        )
+        rule = f"{len(lacking)} weights are missing or of another shape, {lacking[0]} first"
+        remedy = "give the checkpoint that belongs to its config.json"
+        raise UserError(f"model.name_or_path {config.name_or_path!r}: {rule}; {remedy}")
 
 
 def require_bitsandbytes() -> None:

@@ -1,7 +1,5 @@
 """The folder of one run: opened, resumed, and never mixed with another."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -76,9 +74,8 @@ def locked(folder: Path, state: PartialState) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"train.output_dir {str(folder)!r}: {file.read().strip()} is writing it; wait for it, or name another"
-            ) from None
+            rule = f"{file.read().strip()} is writing it; wait for it, or name another"
+            raise UserError(f"train.output_dir {str(folder)!r}: {rule}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -106,9 +103,8 @@ def checkpoint_to_resume(folder: Path, model: nn.Module, state: PartialState, re
     whole = written_by in engine.WHOLE and ours in engine.WHOLE
     if not whole and (written_by != ours or (ours.startswith("ZeRO") and processes != state.num_processes)):
         was, now = f"{processes} x {written_by}", f"{state.num_processes} x {ours}"
-        raise UserError(
-            f"{newest[0]}: written by processes {was}, this run has {now}; launch it as before, or name another folder"
-        )
+        rule = f"written by processes {was}, this run has {now}; launch it as before, or name another folder"
+        raise UserError(f"{newest[0]}: {rule}")
     if processes != state.num_processes:
         say(f"note: written by {processes} processes, this run has {state.num_processes}; only dropout differs")
     return str(newest[0])

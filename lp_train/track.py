@@ -1,7 +1,6 @@
 """Weights & Biases through the Trainer: one run per job, its id kept in the run folder, offline where it must be."""
 
-from __future__ import annotations
-
+import contextlib
 import importlib.util
 import netrc
 import os
@@ -116,10 +115,9 @@ def _has_key() -> bool:
         return False
 
 
-def _reachable(timeout: float = 3.0) -> bool:
+def _reachable() -> bool:
     url = urlparse(os.environ.get("WANDB_BASE_URL", HOST))
-    try:
-        socket.create_connection((url.hostname or "", url.port or 443), timeout=timeout).close()
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError):
+        socket.create_connection((url.hostname or "", url.port or 443), timeout=3).close()
+        return True
+    return False

@@ -1,8 +1,6 @@
 """Options of TRL's SFTConfig and PEFT's LoraConfig that this project changes or keeps to itself, with the reasons:
 ``trainer_options.yaml`` lists them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

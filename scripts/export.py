@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from lp_train import modeling_layer_parallel, models
 from lp_train.cluster.launch import quieten_libraries
 from lp_train.config import load_config
-from lp_train.data import RowCollator, build_data
+from lp_train.data import RowCollator, data_of
 from lp_train.errors import UserError, command_line, exit_code
 from lp_train.evaluation.fidelity import as_it_is, measure
-from lp_train.evaluation.tables import sentence, table
+from lp_train.evaluation.tables import fidelity_table, sentence
 from lp_train.pairing import in_order, unpair_layers
 from lp_train.pairing.fuse import blocks, config_of, listed, tensors
 from lp_train.run_folder import CONFIG
@@ -148,7 +148,7 @@ def _card(run: Path, form: str, merge: bool, record: Mapping[str, Any], nll: Map
     lines += [f"Held-out NLL, {name}: {value:.4f} nats per token." for name, value in nll.items()]
     if form != "sequential" and (run / "report.json").exists():
         report = json.loads((run / "report.json").read_text())
-        lines += [sentence(report), table(report)]
+        lines += [sentence(report), str(fidelity_table(report))]
     head = ModelCardData(base_model=record["base"]["name"], library_name="transformers", tags=["layer-parallel"])
     return f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(lines) + "\n"
 
@@ -182,11 +182,9 @@ def _nll(
     """Nats per token on the run's own held-out text."""
     if not (run / CONFIG).exists():
         raise UserError(f"{run}: this form needs its NLL, and there is no {CONFIG} to tell the text; give a run folder")
-    config = load_config(run / CONFIG)
-    length, tokens = config.train["max_length"], config.evaluate.tokens
-    data = build_data(
-        config.data, tokenizer, max_length=length, train_tokens=length, eval_tokens=tokens, kd_on="all", seed=0
-    )
+    config = load_config(run / CONFIG, ["loss.kd_on=all", "train.seed=0"])
+    length = config.train["max_length"]
+    data = data_of(config, tokenizer, train_tokens=length)
     collate = RowCollator(length, tokenizer.pad_token_id or 0)
     return measure(model, data.eval, collate, config.evaluate.batch_size, {"this": variant})["this"].nll
 

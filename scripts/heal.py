@@ -99,7 +99,7 @@ def run(config: Config, tokens: int, overwrite: bool = False) -> dict[str, Any]:
     reports.write(folder / "report.json", reports.as_json(report))
     reports.write_document(folder, report)
     write_card(folder, report, config.model.name_or_path)
-    print(f"\n{tables.table(report)}\n\n{tables.sentence(report)}\n")
+    print(f"\n{tables.fidelity_table(report)}\n\n{tables.sentence(report)}\n")
     print(f"report {folder}/report.md and report.html, weights {folder}/adapter/")
     return report
 

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from built_data import build_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.masking_utils import find_packed_sequence_indices
 from trl.chat_template_utils import qwen2_5_training_chat_template
 
 from lp_train.config import DataConfig, Source
-from lp_train.data import Data, RowCollator, build_data
+from lp_train.data import Data, RowCollator
 from lp_train.data.rows import IGNORED, pack
 from lp_train.data.sources import Document
 from lp_train.data.tokens import Encoder, Tokens

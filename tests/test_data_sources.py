@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from built_data import build_data
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lp_train.config import DataConfig, Source
-from lp_train.data import Data, build_data
+from lp_train.data import Data
 from lp_train.data.mixture import separate
 from lp_train.data.sources import Document, is_local, open_source
 from lp_train.data.tokens import Encoder, Tokens

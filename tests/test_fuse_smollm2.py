@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from built_data import build_data
 from test_smollm2 import CONFIG, LENGTH, PROMPT, ROWS, loaded, pytestmark, tokenizer  # noqa: F401  (fixtures, marks)
 from torch import nn
 
 import export
 from lp_train.config import DataConfig, Source
-from lp_train.data import build_data
 from lp_train.pairing import pair_layers, unpair_layers
 from lp_train.pairing.fuse import fuse
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from built_data import build_data
 from torch import Tensor, nn
 
 from lp_train import models
 from lp_train.config import DataConfig, ModelConfig, Source
-from lp_train.data import RowCollator, build_data
+from lp_train.data import RowCollator
 from lp_train.evaluation.fidelity import as_it_is, measure
 from lp_train.pairing import pair_layers, sequential, unpair_layers
 

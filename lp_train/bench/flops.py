@@ -1,7 +1,5 @@
 """The FLOPs of one training step, product by product, and what GPUs can do at most: the two halves of an MFU."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -15,8 +13,7 @@ from torch import nn
 from lp_train.adapters import count_parameters
 from lp_train.bench.shapes import LayerShape, checkpoint_every, layer_shapes, suffix_blocks
 from lp_train.config import Config
-from lp_train.pairing import FAMILIES, plan_of
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing import FAMILIES, decoder_of, plan_of
 
 PEAK_FLOPS = {  # dense bf16 tensor-core FLOPs per second, from NVIDIA's data sheets; the first name that matches counts
     "MIG": None,  # a part of a GPU

@@ -1,7 +1,5 @@
 """The memory of one GPU, by the rules that each function states."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from lp_train.adapters import count_parameters
@@ -10,8 +8,7 @@ from lp_train.config import Config
 from lp_train.distill.compiled import Engine
 from lp_train.distill.fp8 import convertible
 from lp_train.distill.losses import ROWS_PER_CHUNK
-from lp_train.pairing import plan_of
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing import decoder_of, plan_of
 
 GIB = 2**30
 # Of the values that a block keeps uncompiled; compiled, its kernels compute the others again.

@@ -6,8 +6,6 @@ step = t(1 layer) + (L - 1) * (t(2 layers) - t(1 layer)) + head; the fused one t
 for each pair. Weights are constants: they cost what other values cost.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Callable

@@ -1,15 +1,12 @@
 """What one GPU of many holds and sends, by the rules that each function states: whole weights on each, or shards."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from lp_train.adapters import count_parameters
 from lp_train.bench.memory import GIB, memory_gib
 from lp_train.config import Config
 from lp_train.distill.compiled import Engine
-from lp_train.pairing import plan_of
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing import decoder_of, plan_of
 
 ENGINES = ("ddp", "zero2", "fsdp2", "zero3")
 STATES = ("gradients, float32", "AdamW states, float32")

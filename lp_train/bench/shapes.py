@@ -1,7 +1,5 @@
 """Decoder layers in numbers, read off a paired model with its adapters; one without memory (meta) will do."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +12,7 @@ from lp_train.adapters import attach
 from lp_train.config import Config
 from lp_train.errors import UserError
 from lp_train.models import attention_of
-from lp_train.pairing import PairPlan, pair_layers
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing import PairPlan, decoder_of, pair_layers
 
 
 def build_on_meta(model_config: PretrainedConfig, plan: PairPlan, config: Config, dtype: torch.dtype) -> nn.Module:

@@ -1,13 +1,11 @@
 """Checkpoints that are whole or not there: written aside, listed, brought to disk, renamed; looked over before use."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,7 +17,8 @@ _BLOCK = 1 << 24  # bytes read at once
 
 def publish(written: Path, target: Path) -> None:
     """Lists what is in ``written``, makes sure that it is on the disk, and renames the folder to ``target``."""
-    listed = {str(path.relative_to(written)): _state(path) for path in _files(written)}
+    files = [path for path in sorted(written.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    listed = {str(path.relative_to(written)): _state(path) for path in files}
     (written / MANIFEST).write_text(json.dumps(listed))
     for path in (*written.rglob("*"), written):
         _to_disk(path)
@@ -55,10 +54,6 @@ def is_disk_error(error: Exception) -> bool:
     """Whether writing failed for want of room or rights, as the system, safetensors and torch tell it."""
     of_torch = isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|iostream error", str(error))
     return isinstance(error, OSError | SafetensorError) or of_torch is not None
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
 
 
 def _state(path: Path) -> list[int]:

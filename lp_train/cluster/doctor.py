@@ -14,8 +14,6 @@ Will it pay? Expected speed-up, memory and training time on this machine, measur
 Exit code 1 where a check FAILED. Keys are looked for, never shown.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import datetime
@@ -57,6 +55,7 @@ LEVELS = ("ok", "warning", "FAILED")
 PATIENCE = datetime.timedelta(seconds=120)  # for processes that do not answer
 KINDS = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}  # as bench.scaling names them; all others: ddp
 Finding = tuple[str, str]  # one of LEVELS, and what was found
+Line = tuple[str, str, str]  # of --plan: what, how it is known, the figure
 
 
 class Node(NamedTuple):
@@ -214,9 +213,8 @@ def memory(node: Node) -> Finding:
         return "ok", "not computed without a configuration"
     rows, _ = split_of(config, state.num_processes)
     how = choose_engine(config, model, model.dtype, state.device, triton=True)
-    need = sum(
-        memory_per_gpu(model, config, kind := KINDS.get(engine.asked(), "ddp"), state.num_processes, rows, how).values()
-    )
+    kind = KINDS.get(engine.asked(), "ddp")
+    need = sum(memory_per_gpu(model, config, kind, state.num_processes, rows, how).values())
     have = available_gib(state.device)
     text = f"{need:.1f} GiB by the estimate of --dry-run ({kind}), {have:.1f} there"
     if need < 0.9 * have:
@@ -232,15 +230,9 @@ def show_plan(node: Node) -> None:
     (plan, algebra), costs = plan_of(model), forward_costs(model, config.train["max_length"])
     have, rates = available_gib(where), payoff.rates(model.dtype, where)  # in this order: what it used stays taken
     need, cache = costs["paired"]["parameters"] * model.dtype.itemsize / GIB, costs["paired"]["kv_bytes_per_token"]
-    rows = [
-        ("this machine", "measured", _device(model.dtype, where, rates)),
-        (
-            "memory to run",
-            "computed",
-            f"{need:.1f} GiB and {1000 * cache / GIB:.2f} per 1,000 cached, {have:.1f} there",
-        ),
-        ("memory to train", "computed", memory(node)[1]),
-    ]
+    to_run = f"{need:.1f} GiB and {1000 * cache / GIB:.2f} per 1,000 cached, {have:.1f} there"
+    rows = [("this machine", "measured", _device(model.dtype, where, rates)), ("memory to run", "computed", to_run)]
+    rows += [("memory to train", "computed", memory(node)[1])]
     saved = 0.0
     try:
         took = payoff.decoding(model, where, have)
@@ -267,9 +259,7 @@ def _device(dtype: torch.dtype, where: torch.device, rates: payoff.Rates) -> str
     return f"{what}, {str(dtype).removeprefix('torch.')}: {speeds}{note}"
 
 
-def _training(
-    config: Config, model: nn.Module, flops: float, where: torch.device, saved: float
-) -> list[tuple[str, str, str]]:
+def _training(config: Config, model: nn.Module, flops: float, where: torch.device, saved: float) -> list[Line]:
     """Lines on the time of training at ``flops`` FLOPs per second, and on the tokens that earn it back."""
     steps, tokens = count_steps(config, model.dtype, None), config.train["global_batch_tokens"]
     if steps is None:

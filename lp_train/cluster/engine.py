@@ -1,7 +1,5 @@
 """The engine that accelerate's configuration asks for, and the one that runs."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -94,13 +92,9 @@ def look(prepared: nn.Module, ours: int, everything: int) -> dict[str, Any]:
     wanted = {"engine": asked(), "num_processes": int(os.environ.get("WORLD_SIZE", "1"))}
     wanted["backend"] = usual if backend and usual not in backend else backend
     if (differing := next((name for name in wanted if wanted[name] != found[name]), None)) is not None:
-        raise UserError(
-            f"accelerate's {differing} {wanted[differing]}: asked for, but {found[differing]} runs; launch with one of "
-            "configs/accelerate/*.yaml"
-        )
+        rule = f"asked for, but {found[differing]} runs; launch with one of configs/accelerate/*.yaml"
+        raise UserError(f"accelerate's {differing} {wanted[differing]}: {rule}")
     if asked() in IN_PARTS and world > 1 and share > 1.5 / world:
-        raise UserError(
-            f"accelerate's engine {asked()}: each of {world} processes should hold a part of the weights, this one "
-            f"holds {share:.0%}; launch with one of configs/accelerate/*.yaml"
-        )
+        rule = f"each of {world} processes should hold a part of the weights, this one holds {share:.0%}"
+        raise UserError(f"accelerate's engine {asked()}: {rule}; launch with one of configs/accelerate/*.yaml")
     return found

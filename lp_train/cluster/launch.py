@@ -1,7 +1,5 @@
 """The start and the end of a process: engine, threads, memory, and what libraries print."""
 
-from __future__ import annotations
-
 import ctypes.util
 import importlib.util
 import logging
@@ -49,33 +47,27 @@ def check_engine(state: PartialState) -> None:
     """
     job, wanted = os.environ.get("LP_WORLD_SIZE"), engine.asked()
     if job and int(job) != state.num_processes:
-        raise UserError(
-            f"LP_WORLD_SIZE {job}: the job has as many processes, this one sees a world of {state.num_processes}; "
-            "look at LP_PROCESSES and at accelerate's configuration"
-        )
+        rule = f"the job has as many processes, this one sees a world of {state.num_processes}"
+        raise UserError(f"LP_WORLD_SIZE {job}: {rule}; look at LP_PROCESSES and at accelerate's configuration")
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if expected != state.num_processes:
-        raise UserError(
-            f"WORLD_SIZE {expected}: this process sees a world of {state.num_processes}; on CPUs launch with "
-            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
-        )
+        rule = f"this process sees a world of {state.num_processes}"
+        remedy = "on CPUs launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        raise UserError(f"WORLD_SIZE {expected}: {rule}; {remedy}")
     if wanted not in (*engine.WHOLE, *engine.SHARDED):
         raise UserError(f"accelerate's engine {wanted}: not supported; use one of configs/accelerate/*.yaml")
     if broken := engine.broken_options():
         raise UserError(broken)
     if wanted in engine.SHARDED and state.distributed_type.value in ("NO", "MULTI_CPU"):
-        raise UserError(
-            f"accelerate's engine {wanted}: on CPUs accelerate would go on without it and say nothing; use GPUs, or "
-            "configs/accelerate/ddp.yaml"
-        )
+        rule = "on CPUs accelerate would go on without it and say nothing; use GPUs, or configs/accelerate/ddp.yaml"
+        raise UserError(f"accelerate's engine {wanted}: {rule}")
 
 
 def require_deepspeed() -> None:
     """Before accelerate looks for it. Raises UserError where it is asked for and not installed."""
     if engine.uses_deepspeed() and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            f"accelerate's engine {engine.asked()}: needs the package deepspeed; run `pip install deepspeed`"
-        )
+        rule = "needs the package deepspeed; run `pip install deepspeed`"
+        raise UserError(f"accelerate's engine {engine.asked()}: {rule}")
 
 
 def use_all_cores(state: PartialState) -> None:

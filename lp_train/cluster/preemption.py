@@ -1,7 +1,5 @@
 """Stopping on a signal: all processes stop at the same point, so that what they write belongs together."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

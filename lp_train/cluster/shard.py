@@ -1,7 +1,5 @@
 """Sharded weights (FSDP2, ZeRO-3): what is one unit, and how the whole of a weight is had."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,8 +12,7 @@ from torch.distributed.tensor import DTensor
 from trl.models.utils import _ForwardRedirection
 
 from lp_train.cluster import engine
-from lp_train.pairing import plan_of
-from lp_train.pairing.families import decoder_of
+from lp_train.pairing import blocks_of, decoder_of, plan_of
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -34,7 +31,7 @@ def shard_layers(model: nn.Module, **options: Any) -> nn.Module:
     ``options``: those of ``fully_shard`` (mesh, policies).
     """
     layers, (plan, _) = decoder_of(model).layers, plan_of(model)
-    for block in plan.blocks_from(0):
+    for block in blocks_of([first for first, _ in plan.pairs], 0, plan.num_layers):
         fully_shard([layers[i] for i in block], **options)
     return model
 

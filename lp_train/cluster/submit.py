@@ -1,7 +1,5 @@
 """``evaluate.submit: slurm``: one evaluation job for each checkpoint, submitted when it is saved."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -29,9 +27,8 @@ OF_THIS_JOB = re.compile(
 def check_submit(config: Config) -> None:
     """Raises UserError where ``evaluate.submit`` is slurm and there is no Slurm."""
     if config.evaluate.submit and not shutil.which("sbatch"):
-        raise UserError(
-            "evaluate.submit 'slurm': no sbatch on this machine; start the run under Slurm, or set it to null"
-        )
+        rule = "no sbatch on this machine; start the run under Slurm, or set it to null"
+        raise UserError(f"evaluate.submit 'slurm': {rule}")
 
 
 class SubmitEvaluation(TrainerCallback):

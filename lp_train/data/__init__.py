@@ -1,5 +1,3 @@
 """Text for training and evaluation: sources -> tokens -> packed rows."""
 
-from lp_train.data.rows import Data, DataStats, RowCollator, build_data, data_of
-
-__all__ = ["Data", "DataStats", "RowCollator", "build_data", "data_of"]
+from lp_train.data.rows import Data, DataStats, RowCollator, data_of

@@ -1,9 +1,7 @@
 """Which documents are drawn for training and evaluation, and in which order. Train, eval, calibration are disjoint."""
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,15 +62,18 @@ def separate(data: DataConfig) -> Separation:
             excluded.add(key)
         return key not in excluded
 
-    evaluation = [source.only(keep_for_eval) for source in opened["eval"]]
+    def of_training(keep: Callable[[bytes], bool]) -> list[OpenSource]:
+        return [replace(source, keep=keep) for source in opened["train"]]
+
+    evaluation = [replace(source, keep=keep_for_eval) for source in opened["eval"]]
     for view in evaluation:
         if not view.streamed:  # all of it, however little is drawn: training data do not depend on eval's size
             for _ in view.shuffled(seed=0):
                 pass
-    train = [s.only(lambda key: share(key) == "train" and keep_for_training(key)) for s in opened["train"]]
+    train = of_training(lambda key: share(key) == "train" and keep_for_training(key))
     if data.eval is None:
-        evaluation = [s.only(lambda key: share(key) == "eval" and keep_for_eval(key)) for s in opened["train"]]
-    chosen = [s.only(lambda key: share(key) == "calibration" and key not in evaluated) for s in opened["train"]]
+        evaluation = of_training(lambda key: share(key) == "eval" and keep_for_eval(key))
+    chosen = of_training(lambda key: share(key) == "calibration" and key not in evaluated)
     return Separation(train, evaluation, opened["calibration"] or chosen, excluded)
 
 
@@ -80,10 +81,8 @@ def _refuse_shared_rows(opened: dict[Role, list[OpenSource]]) -> None:
     for first, second in itertools.combinations(_ROLES, 2):
         for one, other in itertools.product(opened[first], opened[second]):
             if shared := sorted(one.identity & other.identity):
-                raise UserError(
-                    f"{one.label}: {shared[0]} is also in data.{second}; give each its own text, "
-                    "or leave data.eval out to hold documents out by themselves"
-                )
+                remedy = "give each its own text, or leave data.eval out to hold documents out by themselves"
+                raise UserError(f"{one.label}: {shared[0]} is also in data.{second}; {remedy}")
     for source in opened["calibration"]:
         if source.streamed:
             raise UserError(f"{source.label}: calibration text is read whole, to keep it apart; set streaming: false")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -72,45 +72,23 @@ def data_of(
     eval_tokens: int | None = None,
     calibration_tokens: int = 0,
 ) -> Data:
-    """The data that a configuration says, as much as is asked for; ``eval_tokens`` None: ``evaluate.tokens``."""
-    return build_data(
-        config.data,
-        tokenizer,
-        max_length=config.train["max_length"],
-        train_tokens=train_tokens,
-        eval_tokens=eval_tokens or config.evaluate.tokens,
-        kd_on=config.loss.kd_on,
-        seed=config.train["seed"],
-        calibration_tokens=calibration_tokens,
-    )
+    """Reads, splits, tokenises and packs the data that a configuration says, as much as is asked for.
 
-
-def build_data(
-    data: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    train_tokens: int | None,
-    eval_tokens: int,
-    kd_on: Literal["completion", "all"],
-    seed: int,
-    calibration_tokens: int = 0,
-) -> Data:
-    """Reads, splits, tokenises and packs the data of a run.
-
-    Reading stops once there are ``train_tokens`` tokens (None: everything is read) and ``eval_tokens`` held-out ones.
+    Reading stops once there are ``train_tokens`` tokens (None: everything is read) and ``eval_tokens`` held-out ones
+    (None: ``evaluate.tokens``).
     ``calibration_tokens``: as many of calibration text, the same for every seed, or as there are.
-    Rows hold up to ``max_length`` tokens of whole documents; longer documents are split. ``labels`` are the tokens
-    themselves where they are trained (``kd_on`` all: everywhere), else -100, as is the first token of every piece,
+    Rows hold up to ``train.max_length`` tokens of whole documents; longer ones are split. ``labels`` are the tokens
+    themselves where they are trained (``loss.kd_on`` all: everywhere), else -100, as is the first token of every piece,
     which nothing predicts. With ``kd_on`` all and masked documents, ``ce_labels`` are those of "completion".
 
     Raises:
         UserError: sources that cannot be read or overlap; no token, no trained token; no evaluation or calibration
             text; more than 1 % of the tokens lost without ``data.truncate``.
     """
-    encoder, everywhere = Encoder(tokenizer, max_length if data.truncate else None), kd_on == "all"
+    data, max_length, seed = config.data, config.train["max_length"], config.train["seed"]
+    encoder, everywhere = Encoder(tokenizer, max_length if data.truncate else None), config.loss.kd_on == "all"
     views = separate(data)
-    held_out = draw_eval(views.eval, encoder, eval_tokens, seed)
+    held_out = draw_eval(views.eval, encoder, eval_tokens or config.evaluate.tokens, seed)
     if not held_out and data.eval is not None:
         raise UserError("data.eval: no evaluation row; its documents are empty or all in data.calibration")
     if not held_out:
@@ -126,10 +104,9 @@ def build_data(
     evaluation = pack(held_out, max_length, everywhere, two_labels, domains)
     for name, rows in (("train", train), ("eval", evaluation)):
         if not _trained(rows):
-            raise UserError(
-                f"data.{name}: zero trained tokens (no assistant turn or completion, or only one-token documents); "
-                "check the roles, or set loss.kd_on all"
-            )
+            why = "no assistant turn or completion, or only one-token documents"
+            remedy = "check the roles, or set loss.kd_on all"
+            raise UserError(f"data.{name}: zero trained tokens ({why}); {remedy}")
     stats = _count(data, documents, train, evaluation, len(views.excluded))
     share = stats.dropped_tokens / (stats.tokens + stats.dropped_tokens)
     if share > MAX_DROPPED and not data.truncate:

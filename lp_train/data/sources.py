@@ -1,7 +1,5 @@
 """Sources of text: local files, hub datasets and ``builtin:pydocs``, as documents in a seeded order."""
 
-from __future__ import annotations
-
 import dataclasses
 import glob
 import hashlib
@@ -86,10 +84,6 @@ class OpenSource:
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self.tables)
-
-    def only(self, keep: Callable[[bytes], bool]) -> OpenSource:
-        """This source without the documents whose key ``keep`` refuses."""
-        return dataclasses.replace(self, keep=keep)
 
     def shuffled(self, seed: int) -> Iterator[Document]:
         """The documents once, in an order fixed by the seed (a streamed source: through a buffer of 1,000)."""

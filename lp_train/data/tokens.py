@@ -105,9 +105,8 @@ class Encoder:
 
     def _encode_chats(self, documents: list[Document]) -> list[Tokens]:
         if documents and self.tokenizer.chat_template is None:
-            raise UserError(
-                f"{self.name}: no chat template for data with messages; use the instruct model, or prompt/completion"
-            )
+            rule = "no chat template for data with messages; use the instruct model, or prompt/completion"
+            raise UserError(f"{self.name}: {rule}")
         if documents and not self.tokenizer.is_fast:
             raise UserError(f"{self.name}: chat masks need a fast tokenizer; save it with a tokenizer.json")
         try:
@@ -147,11 +146,10 @@ class Encoder:
             before, _ = self._render(document.messages[:number], add_generation_prompt=True)
             after, _ = self._render(document.messages[: number + 1])
             if not (after.startswith(before) and whole.startswith(after)):
-                raise UserError(
-                    f"{self.name}: its chat template renders turn {number + 1} of {str(message['content'])[:40]!r} "
-                    "differently alone than in the conversation, so no mask can be made; use a template with "
-                    "{% generation %} marks, or leave such conversations out"
-                )
+                turn = f"turn {number + 1} of {str(message['content'])[:40]!r}"
+                rule = f"its chat template renders {turn} differently alone than in the conversation"
+                remedy = "use a template with {% generation %} marks, or leave such conversations out"
+                raise UserError(f"{self.name}: {rule}, so no mask can be made; {remedy}")
             # Templates end a turn with its token and a line break; the model's part ends with the token.
             turns.append((len(before), len(after.rstrip())))
         return whole, turns

@@ -1,8 +1,6 @@
 """The held-out text of one run and how it is measured: the same rows, precision and processes for every model; greedy
 answers beside it, because likelihood hides what happens in generation."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -104,17 +102,9 @@ def generate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Tens
     inputs = prompts.to(next(model.parameters()).device)
     end = tokenizer.eos_token_id
     with evaluating(model):
-        greedy = functools.partial(
-            model.generate,
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            eos_token_id=end,
-            pad_token_id=int(tokenizer.pad_token_id or 0),
-            synced_gpus=True if in_parts(model) and dist.is_initialized() else None,
-        )
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "eos_token_id": end}
+        options |= {"max_new_tokens": new_tokens, "pad_token_id": int(tokenizer.pad_token_id or 0)}
+        options["synced_gpus"] = True if in_parts(model) and dist.is_initialized() else None
+        greedy = functools.partial(model.generate, input_ids=inputs, attention_mask=torch.ones_like(inputs), **options)
         made = inside(model, greedy)[:, inputs.shape[1] :].tolist()
     return [answer[: answer.index(end) + 1] if end in answer else answer for answer in made]

@@ -1,7 +1,5 @@
 """The model card beside the weights, with the figures in the hub's metadata format."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,7 @@ LOADERS = {"lora": ("peft", "PeftModel"), "full": ("transformers", "AutoModelFor
 
 
 def write_card(
-    folder: Path,
-    report: Mapping[str, Any],
-    base: str,
-    tables: Sequence[Table] = (),
-    results: Sequence[EvalResult] = (),
+    folder: Path, report: Mapping[str, Any], base: str, tables: Sequence[Table] = (), results: Sequence[EvalResult] = ()
 ) -> None:
     """README.md of the run's folder ``adapter/`` (``tune: lora``) or ``model/`` (``tune: full``). From an evaluation
     come ``tables`` in place of the report's own and further ``results``."""
@@ -30,13 +24,9 @@ def write_card(
 
 def model_card(report: Mapping[str, Any], base: str, tables: Sequence[Table], results: Sequence[EvalResult]) -> str:
     library, loader = LOADERS[report["tune"]]
-    head = ModelCardData(
-        base_model=base,
-        library_name=library,
-        tags=["layer-parallel"],
-        model_name=report["name"],
-        eval_results=[*_held_out(report["recovered"]), *results],
-    )
+    about: dict[str, Any] = {"base_model": base, "library_name": library, "tags": ["layer-parallel"]}
+    measured = [*_held_out(report["recovered"]), *results]
+    head = ModelCardData(**about, model_name=report["name"], eval_results=measured)
     shown = "\n\n".join(map(str, tables))
     return f"""---
 {head.to_yaml()}
@@ -74,11 +64,4 @@ def _held_out(figures: Mapping[str, float]) -> list[EvalResult]:
 
 def result(dataset: str, kind: str, metric: str, metric_name: str, value: float) -> EvalResult:
     """A figure of the recovered model in the hub's form."""
-    return EvalResult(
-        task_type="text-generation",
-        dataset_name=dataset,
-        dataset_type=kind,
-        metric_type=metric,
-        metric_name=metric_name,
-        metric_value=value,
-    )
+    return EvalResult("text-generation", kind, dataset, metric, value, metric_name=metric_name)

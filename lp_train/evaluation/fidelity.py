@@ -1,7 +1,5 @@
 """NLL, KL and top-1 agreement of a paired model against the same weights run in order, on the same tokens."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math
@@ -22,6 +20,7 @@ from lp_train.cluster.shard import inside
 from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.distill.replay import run_original, run_suffix
 from lp_train.pairing import plan_of
+from lp_train.pairing.heal import relative_errors
 
 Variant = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
 FIRST_BUCKET, BUCKETS = 3, 16  # of positions: up to 15 tokens of context, then doubling
@@ -177,7 +176,7 @@ def _figures(
             final, outputs = run_suffix(model, recording)
         hidden[name] = final.flatten(0, 1)[trained]
         ours = [states.flatten(0, 1)[trained] for _, states in sorted(outputs.items())]
-        drifts[name] = torch.stack([_relative_errors(*pair).sum() for pair in zip(ours, originals, strict=True)])
+        drifts[name] = torch.stack([relative_errors(*pair).sum() for pair in zip(ours, originals, strict=True)])
     labels = batch["labels"].flatten()[trained + 1]
     figures = {name: torch.empty(len(labels), 4, dtype=torch.float64, device=labels.device) for name in hidden}
     rows = rows_per_chunk(labels.device)
@@ -188,11 +187,6 @@ def _figures(
             this = original if name == "sequential" else F.log_softmax(head.logits(states[chunk]), -1)
             figures[name][chunk] = _token_figures(original, this, labels[chunk])
     return figures, drifts
-
-
-def _relative_errors(ours: Tensor, original: Tensor) -> Tensor:
-    """[N, D] twice -> [N]."""
-    return (ours.float() - original.float()).norm(dim=-1) / original.float().norm(dim=-1)
 
 
 def _token_figures(original: Tensor, ours: Tensor, labels: Tensor) -> Tensor:

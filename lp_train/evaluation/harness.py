@@ -4,8 +4,6 @@ Plain ``HFLM`` gives the same numbers. It projects every position to the vocabul
 text by text, and with a model that is loaded already believes to be alone.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lp_train.adapters import autocast
+from lp_train.bench.shapes import layer_shapes
 from lp_train.cluster.shard import inside
 from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.errors import UserError
@@ -85,10 +84,9 @@ class HarnessModel(HFLM):
         prefix = self.tokenizer.decode(self.prefix_token_id)
         texts = [text for text in dict.fromkeys(strings) if not text.startswith(prefix)]
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        encoded = (
-            self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"] if texts else []
-        )
-        self._encoded.update(zip(((text, add_special_tokens) for text in texts), encoded, strict=True))
+        if texts:
+            encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]
+            self._encoded.update(zip(((text, add_special_tokens) for text in texts), encoded, strict=True))
 
     # --- log-likelihoods ---------------------------------------------------------------------------------------------
 
@@ -118,9 +116,8 @@ class HarnessModel(HFLM):
         windows: list[Request] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
-            parts = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
-            )
+            tokens = self.tok_encode(request.args[0])
+            parts = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             windows += [(None, *make_disjoint_window(part)) for part in parts]
             owners += [i] * (len(windows) - len(owners))
         found, sums = self._score_all(self._loglikelihood_tokens(windows), len(windows)), {}
@@ -172,10 +169,9 @@ class HarnessModel(HFLM):
 
     def _check_length(self, request: int, tokens: int) -> None:
         if tokens > self.max_length:
-            raise UserError(
-                f"task {self._tasks[request]}: an item has {tokens:,} tokens with its examples, the model takes "
-                f"{self.max_length:,}; lower evaluate.num_fewshot or leave the task out"
-            )
+            rule = f"an item has {tokens:,} tokens with its examples, the model takes {self.max_length:,}"
+            remedy = "lower evaluate.num_fewshot or leave the task out"
+            raise UserError(f"task {self._tasks[request]}: {rule}; {remedy}")
 
     def _score_all(self, batches: list[Batch], requests: int) -> dict[str, Tensor]:
         """:meth:`_score` for each variant, on this process's share and without waiting for the device."""
@@ -248,10 +244,7 @@ class HarnessModel(HFLM):
 
 def cache_bytes_per_token(model: nn.Module) -> int:
     """Of keys and values in all layers, in the precision of the weights."""
-    config = model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return 2 * sum(layer.keys for layer in layer_shapes(model)) * model.dtype.itemsize
 
 
 def _gathered(parts: list[Tensor]) -> list[list[float]]:

@@ -1,7 +1,5 @@
 """A report is Markdown beside its plots; the same as one HTML file that needs no other and no network."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The plots of a report. Each draws a figure that stays readable 360 pixels wide and without colour."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +58,8 @@ def recovery(report: Mapping[str, Any], history: Sequence[Mapping[str, Any]], to
             axis.axhline(report[model][key], **{**STYLES[model], "marker": ""})
         axis.plot(*zip(*points, strict=True), **{**STYLES["recovered"], "label": "in training"})
         won = report["recovery"][key]
-        axis.set_title(f"{label}: {'gap too small to judge' if won is None else f'{won:.0%} of the gap won back'}")
-        axis.set_ylabel("nats per token")
+        back = "gap too small to judge" if won is None else f"{won:.0%} of the gap won back"
+        axis.set(title=f"{label}: {back}", ylabel="nats per token")
     legend(axes[0])
     axes[1].set_xlabel("training tokens")
     axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -1,11 +1,10 @@
 """What a run found, in figures and in words: report.json, report.md, report.html and the plots."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
 import math
+import os
 import platform
 import shlex
 import subprocess
@@ -102,17 +101,6 @@ def commit() -> str | None:
 Sections = dict[str, list[Any]]  # under each heading paragraphs, tables, plots in Markdown
 
 
-def write_report(
-    folder: Path,
-    report: Mapping[str, Any],
-    history: History,
-    tokens_per_step: int,
-) -> None:
-    """report.json, report.md, report.html and plots/ in the run folder."""
-    write(folder / "report.json", as_json(report))
-    write_document(folder, report, history, tokens_per_step)
-
-
 def write_document(
     folder: Path,
     document: Mapping[str, Any],
@@ -158,7 +146,7 @@ def write_page(folder: Path, title: str, sections: Sections) -> None:
 def write(path: Path, content: str | bytes) -> None:
     """The whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.rename(path)
 

@@ -1,7 +1,5 @@
 """The figures of a report or an evaluation as tables and in words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +9,6 @@ from lp_train.evaluation.plots import NAMES
 STEPS_PER_LINE = 18  # of the drawn plan: 72 columns
 MODELS = {**NAMES, "control": "control (not paired)"}
 FIDELITY = ("model", "depth", "NLL", "perplexity", "KL", "top-1\nagreement", "NLL\nwon back", "KL\nwon back")
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """The held-out figures as Markdown."""
-    return str(fidelity_table(report))
 
 
 def tables(document: Mapping[str, Any]) -> dict[str, Table]:
@@ -78,11 +71,8 @@ def domain_table(domains: Sequence[Mapping[str, Any]]) -> Table:
 def sentence(report: Mapping[str, Any]) -> str:
     """The result in words."""
     layers, depth = report["plan"]["num_layers"], report["effective_depth"]
-    text = (
-        f"{_change(report['plan'])} makes the longest path {depth} layers "
-        f"instead of {layers} and costs {report['gap']['nll']:.3f} nats per token; "
-        f"{_effort(report)} "
-    )
+    text = f"{_change(report['plan'])} makes the longest path {depth} layers instead of {layers} "
+    text += f"and costs {report['gap']['nll']:.3f} nats per token; {_effort(report)} "
     nll, kl = report["recovery"]["nll"], report["recovery"]["kl"]
     if nll is None or kl is None:
         return text + "cannot be judged: the cost is within twice its standard error on this text."

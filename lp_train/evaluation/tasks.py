@@ -3,8 +3,6 @@
 The tasks of ``configs/tasks`` read local files; every other name is one of lm-eval's own, from the hub.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import itertools
@@ -129,28 +127,15 @@ class Suite:
             found[name] = {task: built.collect() for task, built in self.tasks.items()}
         return found, {"tokens": lm.tokens, "seconds": seconds}
 
-
-class Watch:
-    """``evaluate.tasks`` while a model trains: each task's usual figure, on the same items every time."""
-
-    def __init__(self, config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
-        self.suite, self.tokenizer, self.dtype = load_suite(config), tokenizer, dtype
-        self.batch_size = config.task_batch_size
-
     @property
     def generates(self) -> bool:
         """Whether a task lets the model write its answers."""
-        requests = [i for task in self.suite.tasks.values() for of_item in task.instances for i in of_item]
+        requests = [i for task in self.tasks.values() for of_item in task.instances for i in of_item]
         return any(request.request_type == "generate_until" for request in requests)
 
-    def __call__(self, model: nn.Module, variants: Mapping[str, Variant]) -> dict[str, dict[str, float]]:
-        """``{variant: {"tasks/<task>/<metric>": value}}``, on every process."""
-        found, _ = self.suite.run(model, self.tokenizer, variants, self.dtype, PartialState(), self.batch_size)
-        tasks = self.suite.tasks.items()
-        return {
-            variant: {f"tasks/{t}/{b.primary}": b.figures(of_variant[t])[b.primary] for t, b in tasks}
-            for variant, of_variant in found.items()
-        }
+    def primaries(self, items: Mapping[str, Items]) -> dict[str, float]:
+        """``{"tasks/<task>/<metric>": value}``: each task's usual figure."""
+        return {f"tasks/{t}/{b.primary}": b.figures(items[t])[b.primary] for t, b in self.tasks.items()}
 
 
 # --- tasks from names ------------------------------------------------------------------------------------------------
@@ -171,10 +156,9 @@ def load_suite(config: EvaluateConfig) -> Suite:
         raise
     except (OSError, ValueError, KeyError) as error:
         first_line = f"{error}\n".strip().partition("\n")[0]
-        raise UserError(
-            f"evaluate.tasks {', '.join(config.tasks)}: cannot be loaded ({first_line}); name each task once, and "
-            "for tasks of the hub check the network (HF_HUB_OFFLINE)"
-        ) from error
+        remedy = "name each task once, and for tasks of the hub check the network (HF_HUB_OFFLINE)"
+        names = ", ".join(config.tasks)
+        raise UserError(f"evaluate.tasks {names}: cannot be loaded ({first_line}); {remedy}") from error
     tasks = {name: _build(name, task, config) for name, task in loaded["tasks"].items()}
     random.setstate(random_state)  # lm-eval draws names for tasks, also where it does not need them
     return Suite(tasks, loaded.get("groups", {}))
@@ -201,9 +185,8 @@ def _check_names(names: list[str], manager: TaskManager) -> None:
         if name not in manager.task_index and not Path(name).expanduser().is_file():
             ours = [known for known in manager.all_tasks if known.startswith(name)] or manager.all_tasks
             near = difflib.get_close_matches(name, ours, n=3, cutoff=0.3)
-            raise UserError(
-                f"evaluate.tasks {name!r}: no such task, group or file; did you mean {' or '.join(near) or 'seven'}?"
-            )
+            rule = f"no such task, group or file; did you mean {' or '.join(near) or 'seven'}?"
+            raise UserError(f"evaluate.tasks {name!r}: {rule}")
 
 
 def _build(name: str, task: Task, config: EvaluateConfig) -> Built:

@@ -5,8 +5,6 @@ norms (and dropouts) of a branch stand. To add one: a line in ``FAMILIES`` and a
 ``check_branches`` refuses a line that is wrong.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,12 +63,7 @@ SANDWICH_NORM = Family(
 )
 
 FAMILIES: dict[str, Family] = {  # by `config.model_type`
-    "llama": PRE_NORM,
-    "mistral": PRE_NORM,
-    "qwen2": PRE_NORM,
-    "qwen3": PRE_NORM,
-    "smollm3": PRE_NORM,
-    "qwen3_moe": PRE_NORM,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "smollm3", "qwen3_moe"), PRE_NORM),
     "gpt_oss": replace(PRE_NORM, wrong_attention=("sdpa",), masks_packed_rows=False),  # sdpa has no attention sinks
     "phi3": PRE_NORM_DROPOUT,
     "olmo2": POST_NORM,
@@ -115,20 +108,18 @@ def check_branches(model: nn.Module, family: Family, indices: Iterable[int]) -> 
         ours, own = h + family.mlp_branch(layer, h), layer(x, **kwargs)
         layer.train(was_training)
         if own.isnan().any():
-            raise UserError(
-                f"layer {i} gives NaN; check the checkpoint's weights, or set model.dtype bfloat16 or float32"
-            )
+            remedy = "check the checkpoint's weights, or set model.dtype bfloat16 or float32"
+            raise UserError(f"layer {i} gives NaN; {remedy}")
         if not torch.allclose(ours.float(), own.float(), rtol=1e-2, atol=1e-3 * own.float().abs().max().item()):
-            raise UserError(
-                f"model type {model.config.model_type!r}: layer {i} ({type(layer).__name__}) is not attention plus "
-                f"mlp on the residual stream as this family's are; supported: {', '.join(sorted(FAMILIES))}"
-            )
+            what = f"model type {model.config.model_type!r}: layer {i} ({type(layer).__name__})"
+            rule = "is not attention plus mlp on the residual stream as this family's are"
+            raise UserError(f"{what} {rule}; supported: {', '.join(sorted(FAMILIES))}")
 
 
-def _random_hidden(model: nn.Module, tokens: int = 4) -> Tensor:
+def _random_hidden(model: nn.Module) -> Tensor:
     embedding = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)  # its own: the user's random state stays as it is
-    hidden = torch.randn(1, tokens, model.config.hidden_size, generator=generator)
+    hidden = torch.randn(1, 4, model.config.hidden_size, generator=generator)
     return hidden.to(device=embedding.device, dtype=model.dtype)
 
 

@@ -12,8 +12,6 @@ Under a rank the fits are reduced-rank regressions (Izenman 1975), of the two do
 a rank of its own. The result is the weights of LoRA adapters; the base stays as it is.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -234,8 +232,9 @@ def _adapt(module: LoraLayer, weight: Tensor) -> None:
 
 
 def _relative_error(streams: Sequence[Stream]) -> float:
-    errors = [
-        ((s.hidden.float() - s.target.float()).norm(dim=-1) / s.target.float().norm(dim=-1)).flatten()[s.counts]
-        for s in streams
-    ]
-    return float(torch.cat(errors).mean())
+    return float(torch.cat([relative_errors(s.hidden, s.target).flatten()[s.counts] for s in streams]).mean())
+
+
+def relative_errors(ours: Tensor, original: Tensor) -> Tensor:
+    """Of each vector: |ours - original| / |original|; [..., D] twice -> [...]."""
+    return (ours.float() - original.float()).norm(dim=-1) / original.float().norm(dim=-1)

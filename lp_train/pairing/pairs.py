@@ -5,8 +5,6 @@ A layer's *class* is changed to a dynamic subclass, because Transformers wraps `
 when a class is made and records hidden states by ``isinstance``: a patched ``forward`` would silently lose both.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -64,7 +64,8 @@ class PairPlan:
         if kind not in KINDS:
             raise UserError(f"plan.kind {kind!r}: unknown; use one of {', '.join(KINDS)}")
         if remove is None:
-            return replace(self, kind=kind, removed=self._seconds() if kind in ("drop", "merge") else ())
+            seconds = tuple(second for _, second in self.pairs)
+            return replace(self, kind=kind, removed=seconds if kind in ("drop", "merge") else ())
         rule = None
         if kind not in ("drop", "merge"):
             rule = f"plan.kind {kind} removes no layer; leave it out, or use drop or merge"
@@ -77,9 +78,6 @@ class PairPlan:
         if rule:
             raise UserError(f"plan.remove {list(remove)}: {rule}")
         return replace(self, kind=kind, removed=tuple(sorted(remove)))
-
-    def _seconds(self) -> tuple[int, ...]:
-        return tuple(second for _, second in self.pairs)
 
     @property
     def merged(self) -> dict[int, list[int]]:
@@ -107,11 +105,7 @@ class PairPlan:
     @property
     def blocks(self) -> list[tuple[int, ...]]:
         """The layers from the first pair on, in order: two for a pair, else one. In a control all run one by one."""
-        return self.blocks_from(self.first_layer)
-
-    def blocks_from(self, layer: int) -> list[tuple[int, ...]]:
-        """The same from any layer on that is not the second of a pair."""
-        return blocks_of((first for first, _ in self.pairs), layer, self.num_layers)
+        return blocks_of((first for first, _ in self.pairs), self.first_layer, self.num_layers)
 
     @property
     def effective_depth(self) -> int:

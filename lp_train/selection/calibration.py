@@ -1,7 +1,5 @@
 """Calibration text, and sums over its batches: shared out over processes, kept as far as they have come."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,8 +17,7 @@ from lp_train.data import RowCollator
 from lp_train.data.rows import IGNORED
 from lp_train.errors import UserError
 from lp_train.evaluation.fidelity import evaluating
-from lp_train.pairing import is_paired
-from lp_train.pairing.families import check_branches, check_family, decoder_of
+from lp_train.pairing import check_branches, check_family, decoder_of, is_paired
 from lp_train.selection import store
 from lp_train.selection.stack import Stack
 
@@ -102,16 +99,10 @@ class Calibration:
                 sums = torch.cat(found) * (first <= last)  # there may be fewer batches than processes
                 sums = reduce(sums.to(self.state.device), "sum").cpu()
                 total = sums if total is None else total + sums
-                check_finite(total)
+                if not total.isfinite().all():
+                    rule = "layers side by side give NaN or infinite values where the original does not"
+                    raise UserError(f"{rule}; set model.dtype bfloat16 or float32")
                 if self.state.is_main_process:
                     store.write(file, self.about, {"rows": start + rounds.step, "sums": total.tolist()})
         assert total is not None
         return total
-
-
-def check_finite(sums: Tensor) -> None:
-    if not sums.isfinite().all():
-        raise UserError(
-            "layers side by side give NaN or infinite values where the original does not; set model.dtype bfloat16 or "
-            "float32"
-        )

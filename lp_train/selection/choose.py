@@ -1,7 +1,5 @@
 """``plan.pairs: auto:...`` becomes pairs: chosen greedily on calibration text, or as an earlier run chose them."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from accelerate import PartialState
@@ -27,11 +25,7 @@ def calibrate(config: Config, rows: Dataset, tokenizer: PreTrainedTokenizerBase,
 
 
 def choose_plan(
-    config: Config,
-    plan: PairPlan | None,
-    rows: Dataset | None,
-    tokenizer: PreTrainedTokenizerBase,
-    state: PartialState,
+    config: Config, plan: PairPlan | None, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase, state: PartialState
 ) -> tuple[Config, PairPlan, nn.Module | None]:
     """``plan`` is what the configuration says; where it is None, pairs are chosen on the calibration ``rows`` and stand
     in the configuration that is returned, and the base that was loaded for it comes too. Every process gets the same.

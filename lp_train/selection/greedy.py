@@ -3,8 +3,6 @@
 A candidate shares everything below it with the plan so far; only the layers above run anew.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lp_train.errors import UserError
-from lp_train.pairing import AutoPairs
-from lp_train.pairing.plan import blocks_of
+from lp_train.pairing import AutoPairs, blocks_of
 from lp_train.selection.calibration import Calibration
 from lp_train.selection.stack import Stack
 

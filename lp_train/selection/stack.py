@@ -1,7 +1,5 @@
 """One batch in the layers of an unpaired base, called one by one, or two side by side, from any state of the stream."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,9 +8,7 @@ from torch import Tensor, nn
 from lp_train.distill.losses import Head, rows_per_chunk
 from lp_train.distill.replay import layer_calls
 from lp_train.errors import UserError
-from lp_train.pairing import pair_output
-from lp_train.pairing.families import check_family, decoder_of
-from lp_train.pairing.plan import blocks_of
+from lp_train.pairing import blocks_of, check_family, decoder_of, pair_output
 
 Block = tuple[int, ...]  # one layer, or the two of a pair
 
@@ -41,10 +37,9 @@ class Stack:
         good = torch.stack([state.isfinite().all() for state in self.states]).tolist()  # waits for the device once
         if not all(good):
             where = f"layer {good.index(False) - 1}" if good[0] else "the embedding"
-            raise UserError(
-                f"{where} of the original gives NaN or infinite values in {str(self.states[0].dtype)[6:]}; "
-                "check the checkpoint, or set model.dtype bfloat16 or float32"
-            )
+            rule = f"gives NaN or infinite values in {str(self.states[0].dtype)[6:]}"
+            remedy = "check the checkpoint, or set model.dtype bfloat16 or float32"
+            raise UserError(f"{where} of the original {rule}; {remedy}")
 
     def layer(self, i: int, hidden: Tensor) -> Tensor:
         layer, kwargs = self.calls[i]

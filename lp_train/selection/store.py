@@ -1,10 +1,7 @@
 """What was measured is kept by what it was measured on: base, calibration text, algebra, precision and versions."""
 
-from __future__ import annotations
-
 import hashlib
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from torch import nn
 
 import lp_train
 from lp_train.errors import UserError
+from lp_train.evaluation.report import write as write_whole
 from lp_train.models import cache_folder, fingerprint
 from lp_train.pairing.families import decoder_of
 
@@ -51,10 +49,7 @@ def folder_of(made_for: dict[str, Any]) -> Path:
 
 def write(file: Path, made_for: dict[str, Any], content: dict[str, Any]) -> None:
     """``content`` with what it was made for, as JSON, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"about": made_for, **content}, indent=1) + "\n")
-    temporary.replace(file)
+    write_whole(file, json.dumps({"about": made_for, **content}, indent=1) + "\n")
 
 
 def read(file: Path, made_for: dict[str, Any]) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from benchmarks.infer import origin
 from benchmarks.table import markdown
 from lp_train import models
 from lp_train.config import load_config
-from lp_train.data import build_data
+from lp_train.data import data_of
 from lp_train.errors import UserError
 from lp_train.pairing import PairPlan, pair_layers, unpair_layers
 from lp_train.pairing.families import decoder_of
@@ -58,11 +58,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prompts(options: argparse.Namespace, tokenizer: Any) -> Tensor:
-    config = load_config(options.folder / CONFIG)
-    length, tokens = config.train["max_length"], config.evaluate.tokens
-    data = build_data(
-        config.data, tokenizer, max_length=length, train_tokens=length, eval_tokens=tokens, kd_on="all", seed=0
-    )
+    config = load_config(options.folder / CONFIG, ["loss.kd_on=all", "train.seed=0"])
+    data = data_of(config, tokenizer, train_tokens=config.train["max_length"])
     return prompts_of(data.eval, options.prompts, options.prompt_tokens)
 
 
