@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Decoding under tensor parallelism, in order against fused: random weights on the shapes of Llama 3.1 8B, Llama 2 7B and
 # Llama 3.2 3B. Each measurement is a line of a file in OUT as soon as it is done. Two lists of calls: beside each other on
-# a host with GPUs for both (about eight minutes on four), else one after the other; one list is one call of ten minutes.
+# a host with GPUs for both (about eight minutes on four), else one after the other, then best in calls of some files each.
 #
-#     scripts/bench_tensor_parallel.sh [OUT] [PROCESSES] [LIST ...]     # default: runs/tensor_parallel 2 first second
+#     scripts/bench_tensor_parallel.sh [OUT] [PROCESSES] [FILE ...]     # default: runs/tensor_parallel 2, and all files
 #     LP_TINY=1 scripts/bench_tensor_parallel.sh OUT                    # the same calls on tiny models, processes on the CPU
 #
-# LP_SECONDS, 570 if not set: nothing of a list goes on after so many seconds.
+# LP_SECONDS, 570 if not set: nothing goes on after so many seconds.
 set -u
 cd "$(dirname "$0")/.." || exit
 out=${1:-runs/tensor_parallel} processes=${2:-2}
-lists=${*:3} limit=${LP_SECONDS:-$([ -n "${LP_TINY:-}" ] && echo 3600 || echo 570)}
+only=" ${*:3} " limit=${LP_SECONDS:-$([ -n "${LP_TINY:-}" ] && echo 3600 || echo 570)}
 mkdir -p "$out"
 export PYTHONPATH=.:scripts${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 export LP_COMMIT=${LP_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
@@ -19,6 +19,7 @@ export LP_COMMIT=${LP_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
 measure() {
     local left=$((limit - SECONDS)) seconds=$1 file=$2 shape=$3 pairs=$4
     shift 4
+    [[ $only == "  " || $only == *" $file "* ]] || return 0
     if [ "$left" -lt 20 ]; then
         echo "$file $*: not run" >&2
         return
@@ -51,15 +52,12 @@ second_list() {
     measure 130 3b_compiled llama-3b 9:19 --modes compile --parts decode --batches 1 --contexts 512
 }
 
-gpu=0
-for list in ${lists:-first second}; do
-    case $list in first | second) ;; *) echo "$list: no such list; name first, second or both" >&2 && exit 2 ;; esac
-    if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" -ge $((2 * processes)) ]; then
-        CUDA_VISIBLE_DEVICES=$(seq -s, "$gpu" $((gpu + processes - 1))) "${list}_list" &
-        gpu=$((gpu + processes))
-    else
-        "${list}_list"
-    fi
-done
+if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" -ge $((2 * processes)) ]; then
+    CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((processes - 1))) first_list &
+    CUDA_VISIBLE_DEVICES=$(seq -s, "$processes" $((2 * processes - 1))) second_list
+else
+    first_list
+    second_list
+fi
 wait
 python3 -m benchmarks.infer_table "$out"/*.jsonl
