@@ -24,7 +24,4 @@ lp_setup
 stage ruff check .
 stage ruff format --check .
 stage mypy lp_train scripts
-# As many processes as cores. A file's tests stay in one, where they share what is slow to make; conftest.py orders them.
-export OMP_NUM_THREADS=1
-parallel=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
-stage pytest -q --durations=10 "${parallel[@]}" ${arguments[@]+"${arguments[@]}"}
+stage lp_pytest ${arguments[@]+"${arguments[@]}"}
