@@ -45,6 +45,7 @@ lp_setup() {
     echo "set-up: installing into $venv with $("$venv/bin/python" -V), once; a few minutes"
     local pip=("$venv/bin/python" -m pip --disable-pip-version-check install --only-binary ":all:")
     pip+=(--no-binary deepspeed,sqlitedict,word2number --constraint "$constraints")
+    pip+=(--no-compile) # what is imported is compiled then, the other nine tenths never
     [ -t 1 ] || pip+=(--quiet)
     local cpu_index=()
     if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
@@ -59,6 +60,7 @@ lp_setup() {
 }
 
 # As many processes as cores. A file's tests stay in one, where they share what is slow to make; conftest.py orders them.
+# pytest takes the place of the shell: in the background or a pipe, or as the last command.
 lp_pytest() {
-    OMP_NUM_THREADS=1 pytest -q --durations=10 -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
+    OMP_NUM_THREADS=1 exec pytest -q --durations=10 -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
 }

@@ -60,6 +60,7 @@ def test_activations_are_what_autograd_saves(name: str, scope: str, configure: C
     assert by_rule * length == pytest.approx(saved, rel=0.12)
 
 
+@pytest.mark.no_cover  # counting lines doubles the time that Dynamo takes
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_a_compiled_block_keeps_less(name: str, configure: Configure) -> None:
     wide = {"hidden_size": 256, "intermediate_size": 704, "head_dim": 64}
