@@ -7,12 +7,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
 
-lowest() { # a line NAME==VERSION for each bound of pyproject.toml, those of all extras too
+lowest() { # a line NAME==VERSION for each bound of pyproject.toml and of all its extras, the highest of a name
     "${PYTHON:-python3}" -c 'import tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-for line in sorted({*project["dependencies"], *sum(project["optional-dependencies"].values(), [])}):
-    name, bounded, version = line.partition(">=")
-    if bounded: print(f"{name}=={version}")'
+lines = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+bounds = [line.split(">=") for line in lines if ">=" in line]
+for name, version in dict(sorted((name, [*map(int, bound.split("."))]) for name, bound in bounds)).items():
+    print(f"{name}==" + ".".join(map(str, version)))'
 }
 
 pins=$(lowest)
