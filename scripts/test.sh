@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lint, format, types, tests: everything that CI runs, stopping at the first failure.
 # bash scripts/test.sh [--fast] [pytest arguments]      --fast leaves out the tests marked slow
-# All tests, without an argument, end with the share of lp_train's lines that they run, which is at least 90 %.
+# All tests, without an argument, end with the share of lp_train's lines that they run, which is at least 90 %; the slow
+# ones and those that compile are not counted (conftest.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh
@@ -23,8 +24,16 @@ stage() {
 lp_setup
 stage ruff check .
 stage ruff format --check .
-stage mypy lp_train scripts
-# As many processes as cores. A file's tests stay in one, where they share what is slow to make; conftest.py orders them.
-export OMP_NUM_THREADS=1
-parallel=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
-stage pytest -q --durations=10 "${parallel[@]}" ${arguments[@]+"${arguments[@]}"}
+# The types are checked beside the first tests, and end them where one is wrong.
+types=$(mktemp)
+mypy lp_train scripts >"$types" 2>&1 &
+mypy=$!
+echo "== pytest ${arguments[*]-}"
+lp_pytest ${arguments[@]+"${arguments[@]}"} &
+tests=$!
+trap 'kill "$mypy" "$tests" 2>/dev/null || :; rm -f "$types"' EXIT
+wrong=0
+wait "$mypy" || wrong=$?
+echo "== mypy lp_train scripts: $(cat "$types")"
+[ "$wrong" = 0 ] || exit "$wrong"
+wait "$tests"

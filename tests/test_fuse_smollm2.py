@@ -70,7 +70,7 @@ def test_bf16(loaded: nn.Module, tokenizer: Any) -> None:  # noqa: F811
     model = hf.AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16).eval()
     model.load_state_dict(loaded.state_dict())
     exact = pair_layers(copy.deepcopy(model).float(), PAIRS)
-    fused, rows = fuse(pair_layers(model, PAIRS)), held_out(tokenizer)
+    fused, rows = fuse(pair_layers(model, PAIRS)), held_out(tokenizer)[:2]  # bf16 is slow on a CPU without it
     expected = torch.cat([exact(row).logits for row in rows], 1)
     errors = {
         name: ((torch.cat([m(row).logits for row in rows], 1).float() - expected).norm() / expected.norm()).item()
