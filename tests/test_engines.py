@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lp_train import finetune
 from lp_train.adapters import check_adapter
-from lp_train.cluster import engine
+from lp_train.cluster import engine, shard
 from lp_train.cluster.launch import check_engine
 from lp_train.cluster.shard import whole_state
 from lp_train.errors import UserError
@@ -36,6 +36,17 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 def needs(name: str) -> Any:
     missing = name.startswith("ZeRO") and not HAS_DEEPSPEED
     return pytest.param(name, marks=pytest.mark.skipif(missing, reason="deepspeed is not installed"))
+
+
+def test_a_call_inside_a_cut_model_has_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11's FSDP2 fails on a GPU where a forward has none."""
+    monkeypatch.setattr(shard, "in_parts", lambda model: True)
+    seen: list[int] = []
+    model = nn.Linear(2, 2)
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs)))
+    assert shard.inside(model, lambda: "without") == "without"
+    assert shard.inside(model, lambda a, b: a + b, 1, 2) == 3
+    assert seen == [1, 3]
 
 
 def saved(folder: Path) -> dict[str, Tensor]:

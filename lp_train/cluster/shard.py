@@ -77,7 +77,8 @@ def inside(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
     called plainly for any other model."""
     if not in_parts(model):
         return function(*args)
-    result = _ForwardRedirection()(model, model, function, *args)
+    # None: torch 2.11's FSDP2 moves a forward's inputs to the GPU, and fails where there are none
+    result = _ForwardRedirection()(model, model, lambda _, *given: function(*given), None, *args)
     if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
         model.reshard()  # without a backward those weights would stay whole, and a checkpoint could not be loaded
     return result

@@ -85,7 +85,7 @@ def _rows_of(run: Found) -> Iterable[list[str]]:
     for (_, mode, what, batch), both in groups.items():
         name = f"{shape}, {both[0][0]['layers'] - both[0][1]['layers']}"
         of_copy = [c["of_copy"] for _, c in both]
-        what = f"{what} {case['tokens']:,}" if what == "generate" else what
+        what = f"{what} {both[0][1]['tokens'] // batch:,}" if what == "generate" else what
         yield [
             *(name, what, SPOKEN[mode], str(batch)),
             " / ".join(f"{c['context']:,}" for _, c in both),
@@ -99,9 +99,14 @@ def _origin(found: Sequence[Found]) -> str:
     """Machines, versions, dates and commits of what a table shows."""
     devices = {f"{f.get('world', 1)} x {f['device']}" if f.get("world", 1) > 1 else f["device"] for f in found}
     versions = {f"{name} {f['versions'][name]}" for f in found for name in ("torch", "transformers")}
-    dates, commits = {f["date"] for f in found}, {(f["commit"] or "unknown")[:7] for f in found}
+    dates, commits = {f["date"] for f in found}, {_short(f["commit"]) for f in found}
     parts = [", ".join(sorted(names)) for names in (devices, versions, dates, commits)]
     return f"{'; '.join(parts[:3])}; code of {parts[3]}"
+
+
+def _short(commit: str | None) -> str:
+    name, _, changes = (commit or "unknown").partition("+")
+    return f"{name[:7]}+{changes}" if changes else name[:7]
 
 
 def sweep(files: Sequence[Path]) -> str:
