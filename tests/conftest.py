@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if item.get_closest_marker("slow"):
-            item.add_marker("no_cover")  # lines are counted by the fast tests: Python 3.11 runs half as fast meanwhile
+            item.add_marker("no_cover")  # counting lines costs Python 3.11 a third to a half of the time
 
 
 DRAW = Figure.savefig
