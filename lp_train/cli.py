@@ -21,8 +21,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import lp_train
+from lp_train.errors import UserError
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -53,15 +55,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
         return mistake(f"{name!r}: no such command; {remedy}")
     module = COMMANDS[name]
-    if not module.startswith("lp_train."):
-        if not (SCRIPTS / f"{module}.py").is_file():
-            rule = "runs from a checkout of the repository, this is an installed package with finetune and doctor alone"
-            return mistake(f"{name}: {rule}; clone the repository and run `pip install -e .` in it")
-        if str(SCRIPTS) not in sys.path:
-            sys.path.insert(0, str(SCRIPTS))
+    try:
+        found = importlib.import_module(module) if module.startswith("lp_train.") else script(name, module)
+    except UserError as error:
+        return mistake(str(error))
     sys.argv = [f"lp-train {name}", *rest]  # what the command's help calls itself
-    code: int = importlib.import_module(module).main(rest)
+    code: int = found.main(rest)
     return code
+
+
+def script(name: str, module: str) -> ModuleType:
+    """The module of ``scripts/`` behind the command ``name``. Raises UserError where there is no checkout."""
+    if not (SCRIPTS / f"{module}.py").is_file():
+        rule = "runs from a checkout of the repository, this is an installed package with finetune and doctor alone"
+        raise UserError(f"{name}: {rule}; clone the repository and run `pip install -e .` in it")
+    if str(SCRIPTS) not in sys.path:
+        sys.path.insert(0, str(SCRIPTS))
+    return importlib.import_module(module)
 
 
 def mistake(text: str) -> int:

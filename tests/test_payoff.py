@@ -10,7 +10,8 @@ import torch
 from family_cases import CASES
 from transformers import PreTrainedTokenizerFast
 
-from lp_train.bench import payoff
+import doctor_plan
+from benchmarks import payoff
 from lp_train.bench.shapes import build_on_meta
 from lp_train.cluster import doctor
 from lp_train.config import load_config
@@ -87,35 +88,35 @@ def test_a_mistake_is_one_line(
 
 def test_bf16_on_a_processor_without_it_is_told() -> None:
     rates = payoff.Rates(1e9, 1e9)
-    told = "; it has no bf16 of its own, so set model.dtype=auto" in doctor._device(torch.bfloat16, CPU, rates)
+    told = "; it has no bf16 of its own, so set model.dtype=auto" in doctor_plan._device(torch.bfloat16, CPU, rates)
     assert told != doctor.models.multiplies_bf16(CPU)
-    assert "auto" not in doctor._device(torch.float32, CPU, rates)
+    assert "auto" not in doctor_plan._device(torch.float32, CPU, rates)
 
 
 @pytest.mark.parametrize(("load", "told"), [(0.3, False), (1000.0, True)])
 def test_a_busy_machine_is_told(load: float, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor.os, "getloadavg", lambda: (load, 0.0, 0.0))
-    shown = doctor._device(torch.float32, CPU, payoff.Rates(1e9, 1e9))
+    shown = doctor_plan._device(torch.float32, CPU, payoff.Rates(1e9, 1e9))
     assert ("; it is busy (load 1000.0), so all times here are too long" in shown) == told
 
 
 def test_a_saved_second_pays_training_back(config: str) -> None:
     loaded = load_config(config, [])
     model = doctor._shapes(loaded)
-    (_, _, training), (name, _, back) = doctor._training(loaded, model, 1e6, CPU, saved=0.5)
-    took = doctor.step_flops(model, loaded, [64]).total(1, 1) * 4 * 256 / 1e6
-    assert training.startswith(f"4 steps of 256 tokens: {doctor.spoken(took / 0.6)} at 60 %")
+    (_, _, training), (name, _, back) = doctor_plan._training(loaded, model, 1e6, CPU, saved=0.5)
+    took = doctor_plan.step_flops(model, loaded, [64]).total(1, 1) * 4 * 256 / 1e6
+    assert training.startswith(f"4 steps of 256 tokens: {doctor_plan.spoken(took / 0.6)} at 60 %")
     assert (name, back) == ("paid back", f"after {took / 0.6 / 0.5:,.0f} tokens decoded at batch 1")
-    *_, (_, _, on_a_gpu) = doctor._training(loaded, model, 1e6, torch.device("cuda"), saved=0.5)
+    *_, (_, _, on_a_gpu) = doctor_plan._training(loaded, model, 1e6, torch.device("cuda"), saved=0.5)
     assert on_a_gpu == f"after {took / 0.68 / 0.5:,.0f} to {took / 0.29 / 0.5:,.0f} tokens decoded at batch 1"
-    assert len(doctor._training(loaded, model, 1e6, CPU, saved=0.0)) == 1
+    assert len(doctor_plan._training(loaded, model, 1e6, CPU, saved=0.0)) == 1
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(1.23, "1.2 s"), (119, "119.0 s"), (150, "2.5 min"), (7200, "2.0 h"), (864000, "10.0 days")]
 )
 def test_times_in_their_largest_unit(seconds: float, text: str) -> None:
-    assert doctor.spoken(seconds) == text
+    assert doctor_plan.spoken(seconds) == text
 
 
 def test_the_rule_of_the_prediction() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted(ROOT.glob("lp_train/**/*.py"))
-LIMIT = 6_110  # lines of code in lp_train: what is a command or an analysis belongs into scripts/
+LIMIT = 6_000  # lines of code in lp_train: what is a command or an analysis belongs into scripts/
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -35,10 +35,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from packaging.requirements import Requirement
 from torch import nn
 
-from lp_train import models, track
+from lp_train import cli, models, track
 from lp_train.adapters import count_parameters
-from lp_train.bench import payoff
-from lp_train.bench.flops import forward_costs, step_flops
 from lp_train.bench.memory import GIB
 from lp_train.bench.scaling import memory_per_gpu
 from lp_train.bench.shapes import build_on_meta
@@ -47,15 +45,13 @@ from lp_train.cluster.launch import check_engine, leave, quieten_libraries, requ
 from lp_train.config import Config, TrackConfig, load_config
 from lp_train.distill.arguments import split_of
 from lp_train.distill.compiled import choose_engine
-from lp_train.dry_run import count_steps, plan_or_stand_in, read_model_config
+from lp_train.dry_run import plan_or_stand_in, read_model_config
 from lp_train.errors import UserError, command_line, exit_code
-from lp_train.pairing import plan_of
 
 LEVELS = ("ok", "warning", "FAILED")
 PATIENCE = datetime.timedelta(seconds=120)  # for processes that do not answer
 KINDS = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}  # as bench.scaling names them; all others: ddp
 Finding = tuple[str, str]  # one of LEVELS, and what was found
-Line = tuple[str, str, str]  # of --plan: what, how it is known, the figure
 
 
 class Node(NamedTuple):
@@ -92,7 +88,7 @@ def run(options: argparse.Namespace) -> list[bool]:
     state = PartialState(cpu=models.device().type == "cpu", timeout=PATIENCE)
     node = Node(state, config, model, folder)
     if options.plan:
-        show_plan(node)
+        cli.script("doctor --plan", "doctor_plan").show_plan(node)
     failed = [] if options.plan else [look(check, node) for check in CHECKS]
     leave(state)
     return failed
@@ -221,65 +217,6 @@ def memory(node: Node) -> Finding:
         return "ok", text
     remedy = "set train.gradient_checkpointing=true, a smaller train.per_device_train_batch_size, or shard by FSDP2"
     return ("warning" if need < have else "FAILED"), f"{text}; {remedy}"
-
-
-def show_plan(node: Node) -> None:
-    """What the configuration's plan would bring and cost on this machine; each figure says where it comes from."""
-    config, model, where = node.config, node.model, node.state.device
-    assert config is not None and model is not None
-    (plan, algebra), costs = plan_of(model), forward_costs(model, config.train["max_length"])
-    have, rates = available_gib(where), payoff.rates(model.dtype, where)  # in this order: what it used stays taken
-    need, cache = costs["paired"]["parameters"] * model.dtype.itemsize / GIB, costs["paired"]["kv_bytes_per_token"]
-    to_run = f"{need:.1f} GiB and {1000 * cache / GIB:.2f} per 1,000 cached, {have:.1f} there"
-    rows = [("this machine", "measured", _device(model.dtype, where, rates)), ("memory to run", "computed", to_run)]
-    rows += [("memory to train", "computed", memory(node)[1])]
-    saved = 0.0
-    try:
-        took = payoff.decoding(model, where, have)
-        saved = took.in_order - took.fused
-        times = f"{1e3 * took.in_order:,.1f} ms a token in order, {1e3 * took.fused:,.1f} fused"
-        text = f"{took.in_order / took.fused:.2f} x: {times} (batch 1, eager; from layers timed here)"
-        rows.append(("speed-up", "predicted", text))
-    except UserError as error:
-        rows.append(("speed-up", "none", str(error)))
-    rows += _training(config, model, rates.flops * node.state.num_processes, where, saved)
-    rows.append(("accuracy", "none", "not predicted: see recipes/README.md, and what select says before training"))
-    if node.state.is_main_process:
-        print(f"{config.name}: {config.model.name_or_path}, {plan}, by {algebra}\n")
-        print("\n".join(f"{name:<16} {how:<10} {text}" for name, how, text in rows), flush=True)
-
-
-def _device(dtype: torch.dtype, where: torch.device, rates: payoff.Rates) -> str:
-    what = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    slow = dtype == torch.bfloat16 and not models.multiplies_bf16(where)
-    speeds = f"{rates.flops / 1e12:,.3g} TFLOP/s in products, {rates.bytes / 1e9:,.3g} GB/s in copies"
-    note = "; it has no bf16 of its own, so set model.dtype=auto" if slow else ""
-    if where.type == "cpu" and (load := os.getloadavg()[0]) > (os.cpu_count() or 1) + 0.5:
-        note += f"; it is busy (load {load:.1f}), so all times here are too long"
-    return f"{what}, {str(dtype).removeprefix('torch.')}: {speeds}{note}"
-
-
-def _training(config: Config, model: nn.Module, flops: float, where: torch.device, saved: float) -> list[Line]:
-    """Lines on the time of training at ``flops`` FLOPs per second, and on the tokens that earn it back."""
-    steps, tokens = count_steps(config, model.dtype, None), config.train["global_batch_tokens"]
-    if steps is None:
-        return [("training", "none", "epochs of text that was not read: give train.max_steps for an estimate")]
-    work = step_flops(model, config, [config.train["max_length"]]).total(1, 1) * steps * tokens
-    times = {name: work / flops / share for name, share in payoff.SHARES[where.type].items()}
-    text = " to ".join(f"{spoken(took)} at {name}" for name, took in times.items())
-    rows = [("training", "predicted", f"{steps:,} steps of {tokens:,} tokens: {text} of these products")]
-    if saved > 0:
-        counts = " to ".join(f"{took / saved:,.0f}" for took in times.values())
-        rows.append(("paid back", "predicted", f"after {counts} tokens decoded at batch 1"))
-    return rows
-
-
-def spoken(seconds: float) -> str:
-    """In the largest unit of which there are two."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.1f} s"
 
 
 CHECKS = (versions, processes, gpus, shared_folder, disk, hub, wandb, memory)

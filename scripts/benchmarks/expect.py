@@ -20,10 +20,10 @@ from benchmarks import infer_table
 from benchmarks.infer import SHAPES
 from benchmarks.many_gpus import in_page
 from benchmarks.table import markdown
+from doctor_plan import spoken
 from lp_train.bench.flops import forward_costs, step_flops
 from lp_train.bench.memory import GIB, memory_gib
 from lp_train.bench.shapes import build_on_meta
-from lp_train.cluster.doctor import spoken
 from lp_train.config import Config, load_config
 from lp_train.distill.arguments import split_of
 from lp_train.distill.compiled import choose_engine
