@@ -21,16 +21,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import lp_train
-from lp_train.errors import UserError
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"  # beside the package in a checkout, not part of a wheel
+PLAN = "--plan"
 COMMANDS = {  # the module whose main() it is: of this package, or of scripts/
     "doctor": "lp_train.cluster.doctor",
+    f"doctor {PLAN}": "doctor_plan",
     "select": "select_pairs",
     "heal": "heal",
     "finetune": "lp_train.finetune",
@@ -54,24 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(COMMANDS)}"
         return mistake(f"{name!r}: no such command; {remedy}")
+    if name == "doctor" and PLAN in rest:
+        name = f"doctor {PLAN}"
+        rest.remove(PLAN)
     module = COMMANDS[name]
-    try:
-        found = importlib.import_module(module) if module.startswith("lp_train.") else script(name, module)
-    except UserError as error:
-        return mistake(str(error))
+    if not module.startswith("lp_train."):
+        if not (SCRIPTS / f"{module}.py").is_file():
+            rule = "runs from a checkout of the repository, this is an installed package with finetune and doctor alone"
+            return mistake(f"{name}: {rule}; clone the repository and run `pip install -e .` in it")
+        if str(SCRIPTS) not in sys.path:
+            sys.path.insert(0, str(SCRIPTS))
     sys.argv = [f"lp-train {name}", *rest]  # what the command's help calls itself
-    code: int = found.main(rest)
+    code: int = importlib.import_module(module).main(rest)
     return code
-
-
-def script(name: str, module: str) -> ModuleType:
-    """The module of ``scripts/`` behind the command ``name``. Raises UserError where there is no checkout."""
-    if not (SCRIPTS / f"{module}.py").is_file():
-        rule = "runs from a checkout of the repository, this is an installed package with finetune and doctor alone"
-        raise UserError(f"{name}: {rule}; clone the repository and run `pip install -e .` in it")
-    if str(SCRIPTS) not in sys.path:
-        sys.path.insert(0, str(SCRIPTS))
-    return importlib.import_module(module)
 
 
 def mistake(text: str) -> int:

@@ -1,8 +1,17 @@
-"""``lp-train doctor --plan``: will a plan pay on this machine? What ``lp_train/cluster/doctor.py`` prints for it."""
+"""Will a configuration's plan pay on this machine? Expected speed-up, memory and training time, without its weights.
+
+    python scripts/doctor_plan.py configs/demo.yaml      # or: lp-train doctor --plan configs/demo.yaml
+
+Layers of the model's shape are timed for seconds; the rest is arithmetic. On several processes, where each of them
+has a GPU of its own, as many train: start it like a run, by ``accelerate launch``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
+import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -11,13 +20,32 @@ from benchmarks import payoff
 from lp_train import models
 from lp_train.bench.flops import forward_costs, step_flops
 from lp_train.bench.memory import GIB
-from lp_train.cluster.doctor import Node, available_gib, memory
+from lp_train.cluster.doctor import Node, available_gib, memory, this_node
+from lp_train.cluster.launch import leave, quieten_libraries
 from lp_train.config import Config
 from lp_train.dry_run import count_steps
-from lp_train.errors import UserError
+from lp_train.errors import UserError, command_line, exit_code
 from lp_train.pairing import plan_of
 
 Line = tuple[str, str, str]  # what, how it is known, the figure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, measures, prints, and returns the exit code: 2 for a mistake of the user."""
+    parser = command_line("doctor_plan.py", __doc__)
+    parser.add_argument("config", nargs="?", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    options = parser.parse_intermixed_args(arguments)
+    quieten_libraries()
+    return exit_code(lambda: run(options), options.debug)
+
+
+def run(options: argparse.Namespace) -> None:
+    if not options.config:
+        raise UserError("--plan: needs a configuration; give a YAML file, e.g. configs/demo.yaml")
+    node = this_node(options.config, options.overrides)
+    show_plan(node)
+    leave(node.state)
 
 
 def show_plan(node: Node) -> None:
@@ -77,3 +105,7 @@ def spoken(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:,.1f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

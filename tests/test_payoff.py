@@ -39,7 +39,7 @@ def rows(output: str) -> dict[str, str]:
 
 def test_the_plan_of_a_tiny_model(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(Path(config).parent.rglob("*"))
-    assert doctor.main(["--plan", config]) == 0
+    assert doctor_plan.main([config]) == 0
     shown = capsys.readouterr().out
     found = rows(shown)
     assert shown.startswith("tiny: ") and "2 pairs (2+3 4+5), depth 6 -> 4, by lp\n" in shown
@@ -64,7 +64,7 @@ def test_the_plan_of_a_tiny_model(config: str, capsys: pytest.CaptureFixture[str
 def test_what_cannot_be_predicted_says_why(
     overrides: list[str], name: str, says: str, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert doctor.main(["--plan", config, *overrides]) == 0
+    assert doctor_plan.main([config, *overrides]) == 0
     found = rows(capsys.readouterr().out)
     assert found[name].startswith(says)
     assert "paid back" not in found
@@ -73,15 +73,15 @@ def test_what_cannot_be_predicted_says_why(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--plan"], "--plan: needs a configuration; give a YAML file"),
-        (["--plan", "{config}", "plan.pairs=2:9"], "pair"),
-        (["--plan", "{config}", "train.per_device_train_batch_size=3"], "does not divide the 4 rows"),
+        ([], "--plan: needs a configuration; give a YAML file"),
+        (["{config}", "plan.pairs=2:9"], "pair"),
+        (["{config}", "train.per_device_train_batch_size=3"], "does not divide the 4 rows"),
     ],
 )
 def test_a_mistake_is_one_line(
     arguments: list[str], says: str, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert doctor.main([a.format(config=config) for a in arguments]) == 2
+    assert doctor_plan.main([a.format(config=config) for a in arguments]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and says in shown and shown.count("\n") == 1
 
@@ -123,6 +123,8 @@ def test_the_rule_of_the_prediction() -> None:
     """10 layers of 3 ms behind 1 ms that come once, a head of 2 ms; a pair of two layers takes 4 instead of 6 ms."""
     found = payoff.predicted(two=7e-3, one=4e-3, wide=5e-3, layers=10, pairs=3, head=2e-3)
     assert found.in_order == pytest.approx(33e-3) and found.fused == pytest.approx(27e-3)
+    lucky = payoff.predicted(two=7e-3, one=4e-3, wide=0.0, layers=10, pairs=3, head=2e-3)
+    assert lucky.fused == pytest.approx(33e-3 - 3 * 3e-3)  # no pair saves more than a layer
     noisy = payoff.predicted(two=4e-3, one=5e-3, wide=4e-3, layers=10, pairs=3, head=0.0)
     assert noisy.in_order == noisy.fused == pytest.approx(20e-3)
 

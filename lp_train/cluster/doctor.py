@@ -7,11 +7,7 @@ One process on a CPU, without and with a configuration:
     python -m lp_train.cluster.doctor
     python -m lp_train.cluster.doctor configs/demo.yaml train.output_dir=/shared/runs/demo
 
-Will it pay? Expected speed-up, memory and training time on this machine, measured for seconds, without weights:
-
-    python -m lp_train.cluster.doctor --plan configs/demo.yaml
-
-Exit code 1 where a check FAILED. Keys are looked for, never shown.
+Exit code 1 where a check FAILED. Keys are looked for, never shown. scripts/doctor_plan.py says whether a run would pay.
 """
 
 import argparse
@@ -35,7 +31,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from packaging.requirements import Requirement
 from torch import nn
 
-from lp_train import cli, models, track
+from lp_train import models, track
 from lp_train.adapters import count_parameters
 from lp_train.bench.memory import GIB
 from lp_train.bench.scaling import memory_per_gpu
@@ -69,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line("lp_train.cluster.doctor", __doc__)
     parser.add_argument("config", nargs="?", help="a YAML file; without it the checks that need none")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--plan", action="store_true", help="instead: will the configuration's plan pay here?")
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
     failed: list[bool] = []
@@ -78,20 +73,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> list[bool]:
     """Looks; whether each check FAILED."""
-    if options.plan and not options.config:
-        raise UserError("--plan: needs a configuration; give a YAML file, e.g. configs/demo.yaml")
+    node = this_node(options.config, options.overrides)
+    failed = [look(check, node) for check in CHECKS]
+    leave(node.state)
+    return failed
+
+
+def this_node(path: str | None, overrides: Sequence[str]) -> Node:
+    """Joins the other processes; ``path``: of a configuration. Raises UserError where that is wrong."""
     require_deepspeed()
-    config = load_config(options.config, options.overrides) if options.config else None
+    config = load_config(path, overrides) if path else None
     model = _shapes(config) if config else None
     folder = Path(config.train["output_dir"] if config else ".").expanduser().absolute()
     folder = next(path for path in (folder, *folder.parents) if path.is_dir())
     state = PartialState(cpu=models.device().type == "cpu", timeout=PATIENCE)
-    node = Node(state, config, model, folder)
-    if options.plan:
-        cli.script("doctor --plan", "doctor_plan").show_plan(node)
-    failed = [] if options.plan else [look(check, node) for check in CHECKS]
-    leave(state)
-    return failed
+    return Node(state, config, model, folder)
 
 
 def look(check: Callable[[Node], Finding], node: Node) -> bool:

@@ -3,7 +3,7 @@
 A pair costs as many bytes and FLOPs as its two layers: what it saves is one layer's round of kernels and of Python. So
 single tokens are timed through one layer, two layers and one wide layer of the model's shape, and
 step = t(1 layer) + (L - 1) * (t(2 layers) - t(1 layer)) + head; the fused one takes t(2 layers) - t(wide layer) less
-for each pair. Weights are constants: they cost what other values cost.
+for each pair, and at most one layer's time. Weights are constants: they cost what other values cost.
 """
 
 import copy
@@ -99,7 +99,7 @@ def predicted(two: float, one: float, wide: float, head: float, *, layers: int, 
     """By the rule above, from the seconds of models of two layers, one layer and one wide layer, and of the head."""
     layer = max(two - one, 0.0) or two / 2
     step = two + (layers - 2) * layer + head
-    return Decoding(step, step - pairs * (two - wide))
+    return Decoding(step, step - pairs * min(two - wide, layer))
 
 
 def _two_layers(config: Any, pair: tuple[int, ...]) -> Any:
