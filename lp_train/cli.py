@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Hands the arguments after the command's name to its ``main``, and returns that one's exit code."""
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(f"usage: lp-train {{{','.join(COMMANDS)}}} ...\n\n{__doc__.strip()}")
+        print(f"usage: lp-train {{{','.join(name for name in COMMANDS if ' ' not in name)}}} ...\n\n{__doc__.strip()}")
         return 0
     if name == "--version":
         print(lp_train.__version__)

@@ -96,7 +96,8 @@ def _dequantised(folder: Path) -> Path:
     source, stat = files[0], files[0].stat()
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{source.name}: reading GGUF needs the package gguf; run `pip install gguf`")
-    key = hashlib.sha256(f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    what = f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns} eos"  # without the last word: folders of before
+    key = hashlib.sha256(what.encode()).hexdigest()[:12]
     target = cache_folder() / f"{source.stem}-{key}"
 
     def write(temporary: Path) -> None:
@@ -106,7 +107,11 @@ def _dequantised(folder: Path) -> Path:
         plain = AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(folder, gguf_file=source.name).save_pretrained(temporary)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
+        if isinstance(end := read.config.eos_token_id, int):  # Transformers 5.17's tokenizer has another and no pad
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer.save_pretrained(temporary)
 
     return target if (target / "config.json").exists() else write_folder(target, write, keep=True)
 

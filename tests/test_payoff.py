@@ -152,3 +152,8 @@ def test_what_takes_long_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls.clear()
     assert payoff.seconds(CPU, lambda: run(0.001), lambda: run(0.0005)) == pytest.approx([0.001, 0.0005])
     assert calls in ([0.001, 0.0005] * 4, [0.001, 0.0005] * 5)  # 4 ms in turns of 1.5 ms, after the first
+
+
+def test_the_doctor_names_the_command(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--plan", config]) == 2
+    assert "run lp-train doctor --plan CONFIG" in capsys.readouterr().err

@@ -48,6 +48,7 @@ def test_the_table_of_a_page_is_what_its_command_writes(name: str) -> None:
     "path", [path for path in sorted(RECIPES.rglob("*.md")) if page.TABLE.search(path.read_text())]
 )
 def test_measured_tables_are_what_their_files_say(path: Path) -> None:
+    assert path.read_text().count("<!-- table:") == len(page.TABLE.findall(path.read_text()))
     assert page.written(path) == path.read_text(), f"run PYTHONPATH=.:scripts python -m benchmarks.page {path}"
 
 
@@ -59,6 +60,9 @@ def test_a_table_is_made_anew_from_its_files(tmp_path: Path) -> None:
     made = page.written(tmp_path / "page.md")
     assert made.startswith("# Page\n<!-- table: sweep *.jsonl -->\nNVIDIA H200; torch 2.11.0")
     assert "| seq 1024 | 11.88 | 15.90 | 1.34 x |" in made and made.endswith("<!-- end -->\nAfter it.\n")
+    (tmp_path / "odd.md").write_text("<!-- table: sweeps *.jsonl -->\n<!-- end -->")
+    with pytest.raises(UserError, match="table 'sweeps': no such kind; use one of training"):
+        page.written(tmp_path / "odd.md")
     (tmp_path / "a.jsonl").rename(tmp_path / "b.json")
     with pytest.raises(OSError, match="No such file"):
         page.written(tmp_path / "page.md")

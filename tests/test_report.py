@@ -147,6 +147,11 @@ def test_a_tracked_run_gets_later_tables(
     assert fake.run.summary["recovered/kl"] == document["fidelity"]["recovered"]["kl"]
 
 
+def test_files_copied_to_a_machine_name_their_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LP_COMMIT", "abc1234")
+    assert reports.commit() == "abc1234"
+
+
 def test_mistakes(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*arguments: str) -> str:
         assert report_command.main(list(arguments)) == 2

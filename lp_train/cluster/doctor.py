@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command_line("lp_train.cluster.doctor", __doc__)
     parser.add_argument("config", nargs="?", help="a YAML file; without it the checks that need none")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--plan", action="store_true", help="of lp-train: will the configuration's plan pay here?")
     options = parser.parse_intermixed_args(arguments)
     quieten_libraries()
     failed: list[bool] = []
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> list[bool]:
     """Looks; whether each check FAILED."""
+    if options.plan:
+        raise UserError("--plan: measured by a script of its own; run lp-train doctor --plan CONFIG")
     node = this_node(options.config, options.overrides)
     failed = [look(check, node) for check in CHECKS]
     leave(node.state)

@@ -8,6 +8,7 @@ files are given as seen from the page, and a * in their names stands for anythin
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 from benchmarks import infer_table, results, scaling
 from benchmarks import table as tables
 from benchmarks.table import cell, markdown
+from lp_train.errors import UserError, exit_code
 
 TABLE = re.compile(r"(<!-- table: (\w+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 SPOKEN = {"graph": "CUDA graph", "compile": "compiled", "eager": "eager", "tuned": "compiled, tuned"}
@@ -34,6 +36,8 @@ def written(page: Path) -> str:
 
     def anew(match: re.Match[str]) -> str:
         start, kind, names, end = match.groups()
+        if kind not in KINDS:
+            raise UserError(f"{page}, table {kind!r}: no such kind; use one of {', '.join(KINDS)}")
         files = [file for name in names.split() for file in sorted(page.parent.glob(name)) or [page.parent / name]]
         return f"{start}{KINDS[kind](files)}\n{end}"
 
@@ -129,7 +133,13 @@ KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
 }
 
 
-if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        path = Path(argument)
+def command(options: argparse.Namespace) -> None:
+    for path in options.pages:
         path.write_text(written(path))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE", help="a Markdown file")
+    chosen = parser.parse_args()
+    sys.exit(exit_code(lambda: command(chosen)))

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import gc
 import itertools
-import os
 import statistics
 import tempfile
 import time
@@ -133,12 +132,11 @@ def about(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def origin(device: torch.device) -> dict[str, Any]:
-    """Versions, device, code, commit (outside a checkout that of ``LP_COMMIT``) and date of a measurement."""
+    """Versions, device, code, commit and date of a measurement."""
     env = environment(device)
     return {
         **env,
         **identity(device),
-        "commit": env["commit"] or os.environ.get("LP_COMMIT"),
         "date": datetime.date.today().isoformat(),
     }
 
