@@ -108,9 +108,8 @@ def _dequantised(folder: Path) -> Path:
         plain.load_state_dict(read.state_dict())
         plain.save_pretrained(temporary)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.name)
-        if isinstance(end := read.config.eos_token_id, int):  # Transformers 5.17's tokenizer has another and no pad
+        if isinstance(end := read.config.eos_token_id, int):  # Transformers 5.17's tokenizer has another
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         tokenizer.save_pretrained(temporary)
 
     return target if (target / "config.json").exists() else write_folder(target, write, keep=True)

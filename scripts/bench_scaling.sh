@@ -13,7 +13,7 @@ out=${1:-runs/scaling} gpus=${2:-4}
 parts=${*:3} limit=${LP_SECONDS:-$([ -n "${LP_TINY:-}" ] && echo 3600 || echo 570)}
 mkdir -p "$out"
 export PYTHONPATH=.:scripts${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-export LP_COMMIT=${LP_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
+export LP_COMMIT=${LP_COMMIT:-$(git describe --always --abbrev=40 --exclude='*' --dirty=+changes 2>/dev/null)}
 
 # $1: seconds, $2: cell, $3: accelerate's configuration, $4: processes, the rest: what is done
 launch() {

@@ -13,7 +13,7 @@ out=${1:-runs/tensor_parallel} processes=${2:-2}
 only=" ${*:3} " limit=${LP_SECONDS:-86400}
 mkdir -p "$out" && rm -f "$out/failed"
 export PYTHONPATH=.:scripts${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
-export LP_COMMIT=${LP_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null)}
+export LP_COMMIT=${LP_COMMIT:-$(git describe --always --abbrev=40 --exclude='*' --dirty=+changes 2>/dev/null)}
 
 known=$(sed -n 's/^    measure [0-9]* \([a-z0-9_]*\) .*/\1/p' "$0")
 for name in ${*:3}; do

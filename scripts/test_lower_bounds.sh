@@ -28,7 +28,7 @@ lp_setup .venv-lower "$constraints"
 
 failed=0
 lp_pytest -m "not slow" "$@" | tee "$constraints" || failed=$?
-echo "== $(date -u +%F), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown), $(python -V), lower bounds:"
+echo "== $(date -u +%F), commit $(git describe --always --exclude='*' --dirty=+changes 2>/dev/null || echo unknown), $(python -V), lower bounds:"
 pip --disable-pip-version-check freeze | grep -iEf <(sed "s/^/^/; s/-/[-_]/g; s/==.*/==/" <<<"$pins") | paste -sd' ' | fold -sw 120
 tail -n 1 "$constraints"
 exit "$failed"

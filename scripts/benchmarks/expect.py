@@ -105,10 +105,9 @@ def measured_decoding(shape: str | None, depth: int) -> list[Row]:
                 small = cell["batch"] == 1 and cell["context"] == 512 and cell["layers"] == depth
                 if wanted and small and cell["mode"] != "eager":
                     gpus = f"{run['world']} x " if run["world"] > 1 else ""
-                    mode = {"graph": "CUDA graph", "compile": "compiled"}.get(cell["mode"], cell["mode"])
                     took = f"{cell['ms']:.2f} ms, {cell['speedup']:.2f} x in order"
                     how = f"measured {run['date']}, {gpus}{run['device']}, `{file.relative_to(RESULTS)}`"
-                    found.append((f"decode a token fused, {mode}", "", took, how))
+                    found.append((f"decode a token fused, {infer_table.SPOKEN[cell['mode']]}", "", took, how))
     return found
 
 

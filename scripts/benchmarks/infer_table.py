@@ -17,6 +17,7 @@ from benchmarks.table import markdown, plt
 
 SAME = ("device", "world", "machine", "versions", "commit", "code")
 KEY = ("mode", "what", "batch", "context")
+SPOKEN = {"graph": "CUDA graph", "compile": "compiled", "eager": "eager", "tuned": "compiled, tuned"}
 
 
 def compare(cells: list[dict[str, Any]]) -> None:

@@ -22,7 +22,6 @@ from benchmarks.table import cell, markdown
 from lp_train.errors import UserError, exit_code
 
 TABLE = re.compile(r"(<!-- table: (\w+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-SPOKEN = {"graph": "CUDA graph", "compile": "compiled", "eager": "eager", "tuned": "compiled, tuned"}
 
 Found = dict[str, Any]
 
@@ -91,7 +90,7 @@ def _rows_of(run: Found) -> Iterable[list[str]]:
         of_copy = [c["of_copy"] for _, c in both]
         what = f"{what} {both[0][1]['tokens'] // batch:,}" if what == "generate" else what
         yield [
-            *(name, what, SPOKEN[mode], str(batch)),
+            *(name, what, infer_table.SPOKEN[mode], str(batch)),
             " / ".join(f"{c['context']:,}" for _, c in both),
             *(" / ".join(f"{c['ms']:,.2f}" for c in column) for column in zip(*both, strict=True)),
             " / ".join(f"{c['speedup']:.2f}" for _, c in both) + " x",
@@ -113,8 +112,12 @@ def _short(commit: str | None) -> str:
     return f"{name[:7]}+{changes}" if changes else name[:7]
 
 
+def _lines(files: Sequence[Path]) -> list[Found]:
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
 def sweep(files: Sequence[Path]) -> str:
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    lines = _lines(files)
     return f"{_origin(lines)}\n\n{tables.sweep(lines)}"
 
 
@@ -124,7 +127,7 @@ def harness(files: Sequence[Path]) -> str:
 
 def many(files: Sequence[Path]) -> str:
     """Training on several GPUs."""
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    lines = _lines(files)
     return f"{_origin(lines)}\n\n{scaling.steps_table(lines)[0]}"
 
 
