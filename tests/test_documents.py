@@ -128,8 +128,7 @@ RECIPE = ROOT / "recipes" / "smollm2_135m" / "README.md"
 @pytest.mark.parametrize("depth", [25, 22, 19])
 def test_result_tables_are_those_of_the_reports(depth: int) -> None:
     plain = result_row(json.loads((RESULTS / f"depth{depth}.json").read_text()))
-    best, again = (trade_off.row(trade_off.read(RESULTS / name / f"depth{depth}")) for name in ("best", "one_command"))
-    assert f"| {' | '.join(again)} |" in RECIPE.read_text()
+    best = trade_off.row(trade_off.read(RESULTS / "best" / f"depth{depth}"))
     assert plain in RECIPE.read_text(), f"{RECIPE} lacks the line\n{plain}"
     for document in (DOCUMENTS[0], RECIPE):
         assert f"| {' | '.join(best)} |" in document.read_text(), f"{document} lacks the line\n{best}"
