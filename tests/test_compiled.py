@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lp_train.data import RowCollator
-from lp_train.distill import compiled, packed_attention, trainer
+from lp_train.distill import compiled, flash4, packed_attention, trainer
 from lp_train.distill.compiled import Engine, attention, choose_engine, compiled_block
 from lp_train.distill.replay import RunBlock, run_block, run_original, run_suffix
 from lp_train.errors import UserError
@@ -180,34 +180,73 @@ def test_attention_of_training(name: str, dtype: torch.dtype, gpu: str, cpu: str
         assert attention(device, f"train.torch_compile={compile}", "model.attn_implementation=sdpa") is None
 
 
-def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch, kernel: str = "PyTorch's") -> None:
     """The kernel is replaced by its formula, as it runs on GPUs only."""
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_formula)
-    monkeypatch.setattr(packed_attention, "has_kernel", lambda query: True)
+    if kernel == "FlashAttention 4":
+        monkeypatch.setattr(flash4, "kernels", lambda: Flash4ByFormula)
+        monkeypatch.setattr(flash4, "knows", lambda query: True)
+    else:
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_formula)
+        monkeypatch.setattr(packed_attention, "has_kernel", lambda query: True)
+
+
+class Flash4ByFormula:
+    """What ``flash_attn.cute.interface`` has: forward and backward as functions without autograd."""
+
+    @staticmethod
+    def _flash_attn_fwd(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> tuple[Tensor, Tensor, None]:
+        weights = weights_by_formula(q, k, how["cu_seqlens_q"], how["softmax_scale"], how.get("window_size_left"))
+        out = torch.einsum("hij,jhd->ihd", weights, shared(v, q)).contiguous()
+        return out, torch.zeros(q.shape[1], q.shape[0]), None
+
+    @staticmethod
+    def _flash_attn_bwd(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, sums: Tensor, **how: Any
+    ) -> tuple[Tensor, ...]:
+        scale = how["softmax_scale"]
+        weights = weights_by_formula(q, k, how["cu_seqlens_q"], scale, how.get("window_size_left"))
+        of_weights = torch.einsum("ihd,jhd->hij", grad, shared(v, q))
+        of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
+        dq = torch.einsum("hij,jhd->ihd", of_scores, shared(k, q))
+        dk = torch.einsum("hij,ihd->jhd", of_scores, q)
+        dv = torch.einsum("hij,ihd->jhd", weights, grad)
+        dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def shared(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [N, K, d] as each head of q [N, H, d] reads them: [N, H, d]."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def weights_by_formula(q: Tensor, k: Tensor, starts: Tensor, scale: float, window: int | None) -> Tensor:
+    """[H, N, N]: the softmax over what comes before in the same document, no further back than ``window``."""
+    place = torch.arange(len(q))
+    document = torch.searchsorted(starts[1:].contiguous(), place, right=True)
+    distance = place[:, None] - place
+    seen = (document[:, None] == document) & (distance >= 0)
+    seen &= distance <= (len(q) if window is None else window)
+    scores = torch.einsum("ihd,jhd->hij", q, shared(k, q)) * scale
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
 
 def flash_by_formula(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, _: Tensor, *args: Any, scale: float, **window: int
 ) -> tuple[Tensor]:
-    """What the kernel computes: [tokens, heads, d] with document starts and a window, written as a masked softmax."""
-    place = torch.arange(len(q))
-    document = torch.searchsorted(starts[1:].contiguous(), place, right=True)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    distance = place[:, None] - place
-    seen = (document[:, None] == document) & (distance >= 0) & (distance <= window.get("window_size_left", len(q)))
-    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
-    return (torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v),)
+    """What PyTorch's kernel computes: [tokens, heads, d] with document starts and a window."""
+    weights = weights_by_formula(q, k, starts, scale, window.get("window_size_left"))
+    return (torch.einsum("hij,jhd->ihd", weights, shared(v, q)),)
 
 
 @pytest.mark.parametrize("long", [1, 8, 1024])
-@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("kernel", [None, "PyTorch's", "FlashAttention 4"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gemma3"])
 def test_packed_attention_keeps_documents_apart_as_a_mask_does(
-    name: str, gpu: bool, long: int, monkeypatch: pytest.MonkeyPatch
+    name: str, kernel: str | None, long: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_attention, "LONG", long)
-    if gpu:
-        as_on_gpu(monkeypatch)
+    if kernel:
+        as_on_gpu(monkeypatch, kernel)
     model, batch = paired(name), inputs()
     starts = torch.tensor([0, *np.cumsum(2 * list(LENGTHS))], dtype=torch.int32)
     teacher, student, expected = step(model, batch, run_block)
@@ -221,9 +260,28 @@ def test_packed_attention_keeps_documents_apart_as_a_mask_does(
         torch.testing.assert_close(found[2][parameter], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_flash_attention_4_is_an_operator_of_pytorch(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shapes for the compiler, its gradients and that it writes into nothing, by PyTorch's own checks."""
+    as_on_gpu(monkeypatch, "FlashAttention 4")
+    q, k, v = (torch.randn(12, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    torch.library.opcheck(flash4.attend, (q, k, v, starts, 12, 0.3, window))
+
+
+def test_flash_attention_4_is_taken_where_its_package_and_its_gpu_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash4.importlib.util, "find_spec", lambda name: None)
+    flash4.kernels.cache_clear()
+    assert flash4.kernels() is None
+    flash4.kernels.cache_clear()
+    half = torch.zeros(2, 1, 64, dtype=torch.bfloat16)
+    assert not flash4.knows(half)  # on a CPU
+
+
 @pytest.mark.no_cover  # counting lines doubles the time that Dynamo takes
-def test_another_number_of_documents_compiles_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_on_gpu(monkeypatch)
+@pytest.mark.parametrize("kernel", ["PyTorch's", "FlashAttention 4"])
+def test_another_number_of_documents_compiles_nothing_new(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_gpu(monkeypatch, kernel)
     model, block = paired("llama"), compiled_block("aot_eager")
     seen = []
     with attention(model, "packed"):

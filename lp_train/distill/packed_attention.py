@@ -1,6 +1,6 @@
 """Causal attention among the documents of packed rows without a mask, so that nothing is computed to be thrown away.
 
-On GPUs by the flash kernel in PyTorch, with no further package as for ``flash_attention_2``; on CPUs by document.
+On GPUs by FlashAttention 4 where it is installed, else by the flash kernel in PyTorch; on CPUs by document.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
+
+from lp_train.distill import flash4
 
 NAME = "packed"  # as `attn_implementation`; no mask is registered under it, so Transformers makes none
 LONG = 1024  # tokens of a document from which on a CPU does not hold all of its scores
@@ -36,7 +38,9 @@ def packed_attention(
     rows, _, length, size = query.shape
     scale = size**-0.5 if scaling is None else scaling
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    if has_kernel(query):
+    if flash4.knows(q):
+        out = flash4.attend(q, k, v, cu_seq_lens_q, max_length_q, scale, sliding_window)[0]
+    elif has_kernel(query):
         window = {} if sliding_window is None else {"window_size_left": sliding_window - 1, "window_size_right": 0}
         lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         out = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, True, False, scale=scale, **window)[0]

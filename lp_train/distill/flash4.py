@@ -1,0 +1,88 @@
+"""FlashAttention 4 among the documents of packed rows, where its package is installed: on Hopper and Blackwell faster
+than the kernel in PyTorch. As operators of PyTorch, so that compiled blocks and CUDA graphs take them like any other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@cache
+def kernels() -> Any:
+    """The package's module, or None where it is not installed."""
+    found = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
+    return importlib.import_module("flash_attn.cute.interface") if found else None
+
+
+@torch.compiler.assume_constant_result
+def _usable() -> bool:
+    return kernels() is not None and torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+def knows(q: Tensor) -> bool:
+    """q [N, H, d]: whether there are kernels for its GPU, type and size of heads."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return q.is_cuda and half and q.shape[-1] in (64, 96, 128) and _usable()
+
+
+def _how(starts: Tensor, longest: int, scale: float, window: int | None) -> dict[str, Any]:
+    sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return {**lengths, **sides, "softmax_scale": scale, "causal": True}
+
+
+@torch.library.custom_op("lp_train::flash4", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Causal: q [N, H, d], k and v [N, K, d], ``starts`` int32 of the documents in N -> [N, H, d] and, for the
+    gradient, float32 logarithms of sums [H, N]."""
+    out, sums, *_ = kernels()._flash_attn_fwd(q, k, v, **_how(starts, longest, scale, window), return_lse=True)
+    return out, sums
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, window: int | None) -> Any:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("lp_train::flash4_backward", mutates_args=())
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    how = _how(starts, longest, scale, window)
+    dq, dk, dv, *_ = kernels()._flash_attn_bwd(q, k, v, out, grad, sums, **how)
+    return dq, dk, dv
+
+
+@_gradients.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, longest, scale, window = inputs
+    ctx.save_for_backward(*tensors[:3], *output, tensors[3])
+    ctx.how = longest, scale, window
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_gradients(grad.contiguous(), *ctx.saved_tensors, *ctx.how), None, None, None, None
+
+
+attend.register_autograd(_backward, setup_context=_keep)
