@@ -119,8 +119,7 @@ def autocast(dtype: torch.dtype, where: torch.device) -> torch.autocast:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters. 4-bit weights count as what they stand for."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    everything = sum(_numel(p) for p in model.parameters())
-    return trainable, everything
+    return trainable, sum(_numel(p) for p in model.parameters())
 
 
 def _numel(parameter: torch.Tensor) -> int:

@@ -204,8 +204,7 @@ def _read(raw: dict[str, Any], reader: Reader) -> Config:
     defaults = {"output_dir": f"runs/{raw['name']}", **{n: d.value for n, d in OUR_TRAIN_DEFAULTS.items()}}
     given = reader.options(SFTConfig, raw.pop("train", {}), "train", _TRAIN_TYPES, OWNED_TRAIN)
     train = {**defaults, **given}
-    given = reader.options(LoraConfig, raw.pop("lora", {}), "lora", _LORA_TYPES, OWNED_LORA)
-    lora = {**OUR_LORA_DEFAULTS, **given}
+    lora = {**OUR_LORA_DEFAULTS, **reader.options(LoraConfig, raw.pop("lora", {}), "lora", _LORA_TYPES, OWNED_LORA)}
     lora.setdefault("lora_alpha", 2 * lora["r"])
     config = reader.dataclass(Config, {"model": {}, "plan": {}, **raw}, "")
     return dataclasses.replace(config, train=train, lora=lora)

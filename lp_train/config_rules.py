@@ -35,8 +35,7 @@ _BOUNDS: list[tuple[str, str, Callable[[float], bool], str]] = [  # section, key
 
 def broken_rules(config: Config) -> list[str]:
     """One line per broken rule of a configuration whose values have the right types."""
-    rules = (_plan, _bounds, _lora, _loss, _data, _train)
-    return [line for rule in rules for line in rule(config)]
+    return [line for rule in (_plan, _bounds, _lora, _loss, _data, _train) for line in rule(config)]
 
 
 def _bounds(config: Config) -> Iterator[str]:

@@ -10,8 +10,6 @@ layers that two layers were fused into; ``config.parallel_layers`` says the rest
 around attention and MLP; for the record ``original_layers`` and ``original_pairs``.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from typing import Any

@@ -11,8 +11,9 @@ from scaling_worker import build
 from test_bench_shapes import PUBLISHED
 
 import bench
+from benchmarks.many_gpus import sent_per_gpu
 from lp_train.bench.memory import GIB
-from lp_train.bench.scaling import COPY, SHARDED, STATES, WEIGHTS, collectives, memory_per_gpu, sent_per_gpu
+from lp_train.bench.scaling import COPY, SHARDED, STATES, WEIGHTS, collectives, memory_per_gpu
 from lp_train.config import config_to_yaml
 from lp_train.distill.compiled import Engine
 

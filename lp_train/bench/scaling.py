@@ -72,8 +72,3 @@ def collectives(model: nn.Module, kind: str, accumulation: int = 1, checkpointed
         return {"all-gather": accumulation * gathered, "reduce-scatter": gradients}
     gathered = outside + sum(prefix) + (4 if checkpointed else 3) * sum(suffix)
     return {"all-gather": accumulation * gathered, "reduce-scatter": accumulation * gradients}
-
-
-def sent_per_gpu(found: dict[str, float], gpus: int) -> float:
-    """Bytes that each GPU sends for these collectives as rings: (N - 1) / N of the tensor, an all-reduce twice that."""
-    return sum(size * (2 if name == "all-reduce" else 1) for name, size in found.items()) * (gpus - 1) / gpus

@@ -1,7 +1,5 @@
 """From the configuration to the arguments of TRL's trainer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

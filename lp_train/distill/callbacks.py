@@ -1,7 +1,5 @@
 """What the training loop writes while it runs: one console line and one line of metrics.jsonl per log."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

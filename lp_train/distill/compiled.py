@@ -1,7 +1,5 @@
 """What makes a training step fast on a GPU: compiled blocks of layers, and attention that skips what is masked."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator

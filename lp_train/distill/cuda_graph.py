@@ -1,7 +1,5 @@
 """Forward and backward of a micro-batch as one CUDA graph: a small model is bound by the launching of its kernels."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

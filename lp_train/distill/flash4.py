@@ -2,8 +2,6 @@
 than the kernel in PyTorch. As operators of PyTorch, so that compiled blocks and CUDA graphs take them like any other.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from functools import cache
 from typing import Any
@@ -26,8 +24,7 @@ def _usable() -> bool:
 
 def knows(q: Tensor) -> bool:
     """q [N, H, d]: whether there are kernels for its GPU, type and size of heads."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return q.is_cuda and half and q.shape[-1] in (64, 96, 128) and _usable()
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] in (64, 96, 128) and _usable()
 
 
 def _how(starts: Tensor, longest: int, scale: float, window: int | None) -> dict[str, Any]:
@@ -51,22 +48,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: floa
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("lp_train::flash4_backward", mutates_args=())
-def _gradients(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    starts: Tensor,
-    longest: int,
-    scale: float,
-    window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    how = _how(starts, longest, scale, window)
-    dq, dk, dv, *_ = kernels()._flash_attn_bwd(q, k, v, out, grad, sums, **how)
-    return dq, dk, dv
+_SEVEN = ", ".join(f"Tensor {name}" for name in ("grad", "q", "k", "v", "out", "sums", "starts"))
+_BACKWARD = f"({_SEVEN}, int longest, float scale, int? window) -> (Tensor, Tensor, Tensor)"
+
+
+@torch.library.custom_op("lp_train::flash4_backward", mutates_args=(), schema=_BACKWARD)
+def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *how: Any) -> Any:
+    return kernels()._flash_attn_bwd(q, k, v, out, grad, sums, **_how(*how))[:3]
 
 
 @_gradients.register_fake

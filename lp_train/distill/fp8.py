@@ -6,8 +6,6 @@ in eval mode, where all figures of a report come from. With an exact teacher the
 ``recipes/benchmarks/README.md``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The start of training, or all there is of it without a GPU: adapters fitted in closed form on a model's own text."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from typing import Any

@@ -4,8 +4,6 @@ The gradient with respect to the student's hidden states is made in the forward 
 form; the head never gets one.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -38,7 +36,7 @@ class Head:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> Head:
+    def of(cls, model: nn.Module) -> "Head":
         """Whole also where a model is sharded; then all processes must call it."""
         head = model.get_output_embeddings()
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)

@@ -3,8 +3,6 @@
 On GPUs by FlashAttention 4 where it is installed, else by the flash kernel in PyTorch; on CPUs by document.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -69,8 +67,7 @@ def _document(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None)
     queries = (q * scale).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).reshape(groups, -1, size)
     scores = (queries @ k.permute(1, 2, 0)).view(groups, -1, length, length)
     weights = (scores + unseen).softmax(-1)
-    out = weights.view(groups, -1, length) @ v.transpose(0, 1)
-    return out.view(heads, length, size).transpose(0, 1)
+    return (weights.view(groups, -1, length) @ v.transpose(0, 1)).view(heads, length, size).transpose(0, 1)
 
 
 AttentionInterface.register(NAME, packed_attention)

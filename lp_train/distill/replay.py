@@ -3,8 +3,6 @@
 The layers below the first pair are the same for both, so they run once, without gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any

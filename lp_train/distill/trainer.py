@@ -1,7 +1,5 @@
 """TRL's SFTTrainer with the loss of this project: distillation from the same weights run in order."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -1,7 +1,5 @@
 """What a run measures on its way: the original and its untuned pairs, the model in training, the result."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +26,7 @@ class Progress:
     ``tasks_at_start`` where ``watch`` measures tasks. All processes take part in every measurement."""
 
     bench: Bench
-    watch: Suite | None
+    watch: "Suite | None"
     figures: dict[str, Fidelity] = field(default_factory=dict)
     answers: dict[str, str] = field(default_factory=dict)
     tasks_at_start: dict[str, dict[str, float]] | None = None
@@ -69,7 +67,7 @@ class Progress:
         return {variant: self.watch.primaries(items) for variant, items in found.items()}
 
 
-def watched_tasks(config: Config) -> Suite | None:
+def watched_tasks(config: Config) -> "Suite | None":
     """``evaluate.tasks`` as they are measured during training, if ``train.task_steps`` says so."""
     if not (steps := config.train["task_steps"]):
         return None

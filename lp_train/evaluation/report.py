@@ -23,7 +23,7 @@ from lp_train.pairing import PairPlan
 
 EVALUATIONS = "evaluations"  # in a run folder: step-N/ for each checkpoint that a job of its own measures
 History = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "lm-eval")
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "lm-eval", "flash-attn-4")
 
 
 def gap(sequential: Fidelity, paired: Fidelity) -> dict[str, float]:

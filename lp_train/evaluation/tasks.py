@@ -66,8 +66,7 @@ class Built:
 
     def figures(self, items: Items) -> dict[str, float]:
         """lm-eval's own figures: means, perplexities."""
-        aggregate = self.task.aggregation()
-        return {m: float(aggregate[m.partition(",")[0]](values)) for m, values in items.metrics.items()}
+        return {m: float(self.task.aggregation()[m.partition(",")[0]](v)) for m, v in items.metrics.items()}
 
     def collect(self) -> Items:
         """What the instances were answered, in lm-eval's metrics."""

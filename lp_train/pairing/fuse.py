@@ -5,8 +5,6 @@ projections behind it; q, k, v, gate and up of the two layers are stacked by row
 up the layers' outputs. Every query head keeps its key and value head. What cannot be fused stays a pair.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Which layers of a model are paired."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -34,7 +32,7 @@ class PairPlan:
     removed: tuple[int, ...] = ()
 
     @classmethod
-    def parse(cls, spec: str | Sequence[Sequence[int]] | PairPlan, num_layers: int) -> PairPlan:
+    def parse(cls, spec: "str | Sequence[Sequence[int]] | PairPlan", num_layers: int) -> "PairPlan":
         """Reads ``"12:28"`` or ``[[4, 5], [8, 9]]`` for a model of ``num_layers`` layers.
 
         Raises:
@@ -50,7 +48,7 @@ class PairPlan:
             raise UserError(f"plan.pairs {spec!r}: {rule}") from None
         return plan
 
-    def control(self, kind: str, remove: Sequence[int] | None = None) -> PairPlan:
+    def control(self, kind: str, remove: Sequence[int] | None = None) -> "PairPlan":
         """The same plan by another ``kind``, to compare pairs with at an equal longest path.
 
         ``drop``: as many layers as there are pairs go; ``remove`` names them, or the second of each pair does.
@@ -141,7 +139,7 @@ class AutoPairs:
     limit: float
 
     @classmethod
-    def parse(cls, spec: object) -> AutoPairs | None:
+    def parse(cls, spec: object) -> "AutoPairs | None":
         """Reads ``"auto:8"``, ``"auto:loss<=0.1"``, ``"auto:depth<=0.7"``; None for any other plan.
 
         Raises:

@@ -45,5 +45,4 @@ def choose_plan(
     plan = PairPlan.parse(pairs, num_layers=calibration.num_layers).control(config.plan.kind, config.plan.remove)
     costs = f"KL {path[-1].kl:.4f} nats per token there"
     say(f"{config.plan.pairs}: {plan}, {costs}; kept in {calibration.folder}")
-    config = dataclasses.replace(config, plan=dataclasses.replace(config.plan, pairs=pairs))
-    return config, plan, calibration.model
+    return dataclasses.replace(config, plan=dataclasses.replace(config.plan, pairs=pairs)), plan, calibration.model

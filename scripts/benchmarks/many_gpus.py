@@ -28,7 +28,6 @@ from lp_train.bench.scaling import (
     WEIGHTS,
     collectives,
     memory_per_gpu,
-    sent_per_gpu,
 )
 from lp_train.bench.shapes import build_on_meta
 from lp_train.config import Config, load_config
@@ -40,6 +39,11 @@ from lp_train.pairing import PairPlan
 NETWORK, MFU, ROOM_GIB = 50e9, 0.4, 72  # bytes/s; share; of 80 GB what is left beside the CUDA context
 START, PAIRS = 15 / 32, 7 / 32  # of the depth: the window of configs/llama8b.yaml
 MARKS = ("<!-- tables of scripts/bench.py scaling -->\n", "<!-- end of the tables -->")
+
+
+def sent_per_gpu(found: dict[str, float], gpus: int) -> float:
+    """Bytes that each GPU sends for these collectives as rings: (N - 1) / N of the tensor, an all-reduce twice that."""
+    return sum(size * (2 if name == "all-reduce" else 1) for name, size in found.items()) * (gpus - 1) / gpus
 
 
 def scale(config: Config, shape: str, gpus: list[int]) -> dict[str, Any]:
