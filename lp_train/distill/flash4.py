@@ -24,7 +24,7 @@ def _usable() -> bool:
 
 def knows(q: Tensor) -> bool:
     """q [N, H, d]: whether there are kernels for its GPU, type and size of heads."""
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] in (64, 96, 128) and _usable()
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == 128 and _usable()
 
 
 def _how(starts: Tensor, longest: int, scale: float, window: int | None) -> dict[str, Any]:
