@@ -9,7 +9,8 @@ On a CPU, in a minute or two:
 
 Each commit runs from a git worktree of its own with the Python that runs this script. ``losses``, in float32, ends
 with 1 where one differs by more than 1e-6 of it. ``speed`` alternates between the two, in the demo's dtype. Changes
-that are not committed: give ``$(git stash create)`` as NEW. The last line is one JSON object.
+that are not committed: give ``$(git stash create)`` as NEW. Commits whose built-in text differs: give both the same,
+``NEW data.train=FILE data.eval=FILE``. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("losses", "speed"))
     parser.add_argument("old")
     parser.add_argument("new", nargs="?", default="HEAD")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for both, for example data.train=FILE")
     parser.add_argument("--steps", type=positive, help="default 20; of speed 8, after one that is not counted")
     parser.add_argument("--repeats", type=positive, default=3, help="of speed; default %(default)s")
     options = parser.parse_args(arguments)
@@ -51,8 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         commits = [commit_of(options.old), commit_of(options.new)]
         with worktrees(commits) as trees:
             if options.what == "speed":
-                return speed(commits, trees, options.steps or 8, options.repeats)
-            return losses(commits, trees, options.steps or 20)
+                return speed(commits, trees, options.steps or 8, options.repeats, *options.overrides)
+            return losses(commits, trees, options.steps or 20, *options.overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,8 +66,8 @@ def positive(text: str) -> int:
     return value
 
 
-def losses(commits: list[str], trees: list[Path], steps: int) -> int:
-    old, new = (losses_of(train(tree, steps, "model.dtype=float32")) for tree in trees)
+def losses(commits: list[str], trees: list[Path], steps: int, *overrides: str) -> int:
+    old, new = (losses_of(train(tree, steps, "model.dtype=float32", *overrides)) for tree in trees)
     worst = largest_difference(old, new)
     steps_done = enumerate(zip(old, new, strict=True), 1)
     rows = [f"{step:4d}  {a:.9f}  {b:.9f}  {b / a - 1:+.1e}" for step, (a, b) in steps_done]
@@ -75,11 +77,11 @@ def losses(commits: list[str], trees: list[Path], steps: int) -> int:
     return exit_code(worst)
 
 
-def speed(commits: list[str], trees: list[Path], steps: int, repeats: int) -> int:
+def speed(commits: list[str], trees: list[Path], steps: int, repeats: int, *overrides: str) -> int:
     print(f"tokens/s: {commits[0][:9]}, {commits[1][:9]}, ratio")
     pairs = []
     for _ in range(repeats):
-        old, new = (tokens_per_second(train(tree, steps + 1)) for tree in trees)
+        old, new = (tokens_per_second(train(tree, steps + 1, *overrides)) for tree in trees)
         print(f"{old:9.1f} {new:9.1f} {new / old:6.3f}", flush=True)
         pairs.append((old, new))
     ratio = statistics.median(new / old for old, new in pairs)
