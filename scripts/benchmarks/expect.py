@@ -1,6 +1,6 @@
 """What a recipe takes and gains: COMPUTED by the rules of --dry-run, MEASURED where recipes/benchmarks has its shape.
 
-Training times are FLOPs divided by what an H100's products gave in the recorded training step whose FLOPs per token are
+Training times are FLOPs divided by what an H200's products gave in the recorded training step whose FLOPs per token are
 nearest; loading, evaluation and communication come on top. Nothing runs here but arithmetic.
 """
 
@@ -19,6 +19,7 @@ import torch
 from benchmarks import infer_table
 from benchmarks.infer import SHAPES
 from benchmarks.many_gpus import in_page
+from benchmarks.results import beyond_the_plain_step
 from benchmarks.table import markdown
 from doctor_plan import spoken
 from lp_train.bench.flops import forward_costs, step_flops
@@ -33,7 +34,7 @@ from lp_train.models import resolve_dtype
 from lp_train.pairing import plan_of
 
 RESULTS = Path(__file__).parents[2] / "recipes" / "benchmarks" / "results"
-TRAINING = "train_h100.jsonl"
+TRAINING = "train_h200.jsonl"
 GPUS = 8
 MARKS = ("<!-- tables of scripts/bench.py expect -->\n", "<!-- end of the tables -->")
 
@@ -57,7 +58,8 @@ def rows(config: Config) -> list[Row]:
     engine = choose_engine(config, model, model.dtype, torch.device("cuda"), triton=True)
     shape = next((name for name, (file, _) in SHAPES.items() if config.model.name_or_path.endswith(file)), None)
     steps_recorded = recorded_steps()
-    near = min(steps_recorded, key=lambda step: abs(math.log(step["flops_per_token"] / flops)))
+    plain = [step for step in steps_recorded if not beyond_the_plain_step(step)]
+    near = min(plain, key=lambda step: abs(math.log(step["flops_per_token"] / flops)))
     rate = near["variants"]["ours"]["of_matmul"] * near["matmul_tflops"] * 1e12
     found = []
     for gpus in (1, GPUS):
@@ -67,7 +69,7 @@ def rows(config: Config) -> list[Row]:
         need = sum(memory_gib(model, config, engine, split_of(config, gpus)[0]).values())
         took = spoken(flops * tokens / rate / gpus)
         source = f"{flops / 1e9:.2f} GFLOPs a token at the {rate / 1e12:.0f} TFLOP/s of {near['case']['shape']}'s step"
-        where = "one H100" if gpus == 1 else f"{gpus} H100 by DDP"
+        where = "one H200" if gpus == 1 else f"{gpus} H200 by DDP"
         step = f"train on {tokens / 1e6:.1f} M tokens, {where}, {held} rows each"
         found.append((step, f"{need:.1f}", took, f"computed: {source}" if gpus == 1 else "computed likewise"))
     costs = forward_costs(model, length)["paired"]
@@ -80,7 +82,7 @@ def rows(config: Config) -> list[Row]:
 
 
 def recorded_steps() -> list[dict[str, Any]]:
-    """The lines of our own training steps on an H100, each with its ``flops_per_token``."""
+    """The lines of our own training steps on an H200, each with its ``flops_per_token``."""
     lines = [json.loads(line) for line in (RESULTS / TRAINING).read_text().splitlines()]
     ours = [line for line in lines if "ours" in line["variants"]]
     return [{**line, "flops_per_token": 1e12 * line["step_tflop"] / line["batch"] / line["seq"]} for line in ours]
@@ -88,9 +90,8 @@ def recorded_steps() -> list[dict[str, Any]]:
 
 def measured_step(found: dict[str, Any]) -> Row:
     ours = found["variants"]["ours"]
-    how = ", checkpointing" if found["case"]["gradient_checkpointing"] else ""
-    size = f"{found['batch']} x {found['seq']:,} tokens, r={found['case']['rank']}{how}"
-    step = f"a training step, {len(found['pairs'])} pairs from {found['pairs'][0][0]}, {size}"
+    how = [f"{found['batch']} x {found['seq']:,} tokens", f"r={found['case']['rank']}", *beyond_the_plain_step(found)]
+    step = f"a training step, {len(found['pairs'])} pairs from {found['pairs'][0][0]}, {', '.join(how)}"
     took = f"{ours['ms_per_step']:,.0f} ms, {ours['tokens_per_second']:,.0f} tokens/s"
     return step, f"{ours['peak_gib']:.1f}", took, f"measured {found['date']}, {found['device']}, `{TRAINING}`"
 

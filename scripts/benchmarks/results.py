@@ -63,6 +63,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return list(merged.values())
 
 
+def beyond_the_plain_step(found: dict[str, Any]) -> list[str]:
+    """What was asked for in a training case, or installed for it: names for a table."""
+    case, versions = found["case"], found["versions"]
+    names = ["checkpointing"] * case["gradient_checkpointing"] + ["FP8"] * case["fp8"]
+    return names + ["FlashAttention 4"] * bool(versions.get("flash-attn-4"))
+
+
 def compare(variants: dict[str, dict[str, Any]]) -> None:
     """Sets ``ours_is``: how many times as fast ours is; None where either was not measured."""
     ours = variants.get("ours", {}).get("tokens_per_second")
