@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -274,8 +275,14 @@ def test_flash_attention_4_is_taken_where_its_package_and_its_gpu_are(monkeypatc
     flash4.kernels.cache_clear()
     assert flash4.kernels() is None
     flash4.kernels.cache_clear()
-    half = torch.zeros(2, 1, 64, dtype=torch.bfloat16)
+    half = torch.zeros(2, 1, 128, dtype=torch.bfloat16)
     assert not flash4.knows(half)  # on a CPU
+    monkeypatch.setattr(flash4, "_usable", lambda: True)
+    on_gpu = dict(is_cuda=True, dtype=torch.bfloat16, shape=(2, 1, 128))
+    assert flash4.knows(SimpleNamespace(**on_gpu))
+    slower = {"shape": (2, 1, 64)}  # than PyTorch's kernel
+    for other in ({"is_cuda": False}, {"dtype": torch.float32}, slower):
+        assert not flash4.knows(SimpleNamespace(**on_gpu | other)), other
 
 
 @pytest.mark.no_cover  # counting lines doubles the time that Dynamo takes

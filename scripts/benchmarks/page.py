@@ -50,13 +50,15 @@ def training(files: Sequence[Path]) -> str:
     rows = []
     for case in found:
         variants, how = case["variants"], case["case"]
-        name = f"{how['shape']}, {len(case['pairs'])} from {case['pairs'][0][0]}, {case['batch']} x {case['seq']:,}"
+        size = f"{case['batch']} x {case['seq']:,}"
+        named = [f"{how['shape']}, {len(case['pairs'])} from {case['pairs'][0][0]}, {size}"]
+        named += results.beyond_the_plain_step(case)
         ours = variants["ours"]
         of_ours = ["out of memory", "", "", ""]
         if "error" not in ours:
             of_ours = [f"{ours['tokens_per_second']:,.0f}", f"{ours['ms_per_step']:,.0f}", f"{ours['peak_gib']:.1f}"]
             of_ours.append(cell(ours["of_matmul"], "{:.1%}"))
-        rows.append([", ".join([name, *results.beyond_the_plain_step(case)]), *of_ours, *(_baseline(variants.get(name)) for name in "abc")])
+        rows.append([", ".join(named), *of_ours, *(_baseline(variants.get(name)) for name in "abc")])
     return f"{_origin(found)}\n\n{markdown(header, rows)}"
 
 
