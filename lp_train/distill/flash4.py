@@ -23,7 +23,7 @@ def _usable() -> bool:
 
 
 def knows(q: Tensor) -> bool:
-    """q [N, H, d]: whether there are kernels for its GPU, type and size of heads."""
+    """q [N, H, d]: whether this GPU has kernels for its type and, of its size of heads, faster ones than PyTorch."""
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == 128 and _usable()
 
 
