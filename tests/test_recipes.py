@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -53,13 +52,14 @@ def test_measured_tables_are_what_their_files_say(path: Path) -> None:
 
 
 def test_a_table_is_made_anew_from_its_files(tmp_path: Path) -> None:
-    shutil.copy(RECIPES / "benchmarks/results/sweep_h200/sweep.jsonl", tmp_path / "a.jsonl")
+    measured = (RECIPES / "benchmarks/results/sweep_h200/sweep.jsonl").read_text().splitlines()[0]
+    (tmp_path / "a.jsonl").write_text(json.dumps({**json.loads(measured), "us_per_token": {"ours": 10.0, "c": 15.0}}))
     (tmp_path / "page.md").write_text(
         "# Page\n<!-- table: sweep *.jsonl -->\n| seq 1024 | 1.00 |\n<!-- end -->\nAfter it.\n"
     )
     made = page.written(tmp_path / "page.md")
     assert made.startswith("# Page\n<!-- table: sweep *.jsonl -->\nNVIDIA H200; torch 2.11.0")
-    assert "| seq 1024 | 11.88 | 15.90 | 1.34 x |" in made and made.endswith("<!-- end -->\nAfter it.\n")
+    assert "| seq 1024 | 10.00 | 15.00 | 1.50 x |" in made and made.endswith("<!-- end -->\nAfter it.\n")
     (tmp_path / "odd.md").write_text("<!-- table: sweeps *.jsonl -->\n<!-- end -->")
     with pytest.raises(UserError, match="table 'sweeps': no such kind; use one of training"):
         page.written(tmp_path / "odd.md")
@@ -106,8 +106,8 @@ def test_a_shape_without_measurements_has_computed_rows_alone(
     *_, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)["expected"]
     assert [row[0] for row in found] == [
-        "train on 0.0 M tokens, one H100, 1 rows each",
-        "train on 0.0 M tokens, 8 H100 by DDP, 1 rows each",
+        "train on 0.0 M tokens, one H200, 1 rows each",
+        "train on 0.0 M tokens, 8 H200 by DDP, 1 rows each",
         "decode, in order or fused",
     ]
     assert all(source.startswith("computed") for *_, source in found)
