@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for both, for example data.train=FILE")
     parser.add_argument("--steps", type=positive, help="default 20; of speed 8, after one that is not counted")
     parser.add_argument("--repeats", type=positive, default=3, help="of speed; default %(default)s")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if "=" in options.new:
+        options.new, options.overrides = "HEAD", [options.new, *options.overrides]
     try:
         commits = [commit_of(options.old), commit_of(options.new)]
         with worktrees(commits) as trees:

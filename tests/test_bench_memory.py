@@ -138,7 +138,7 @@ def test_logits_of_an_eager_loss_are_those_made(loss: str, dtype: torch.dtype, c
 
 
 def test_steps_take_on_a_gpu_what_the_rules_say() -> None:
-    """Peaks of the benchmarks' compiled steps on H100s and an H200: one GPU, and four under FSDP2."""
+    """Peaks of the benchmarks' compiled steps on H100s and H200s: one GPU, and four under FSDP2."""
     files = (*(f"benchmarks/results/train_{gpu}.jsonl" for gpu in ("h100", "h200")), "scaling/results/h100x4.jsonl")
     lines = [json.loads(line) for file in files for line in (RECIPES / file).read_text().splitlines()]
     measured = [
@@ -152,6 +152,7 @@ def test_steps_take_on_a_gpu_what_the_rules_say() -> None:
     for options, kind, gpus, gib in measured:
         case = Case(**{**options, "processes": 1})
         config, hf_config = build_config(case, case.gradient_checkpointing), model_config(case)
+        config.train["fp8"] = case.fp8
         model = build_on_meta(hf_config, case_plan(case), config, torch.bfloat16)
         kind = {"FSDP2": "fsdp2"}.get(kind, "ddp")
         found = memory_per_gpu(model, config, kind, gpus, case.size[0], Engine(True, True, True, "packed"))

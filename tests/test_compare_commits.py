@@ -83,15 +83,20 @@ def test_losses_of_two_commits(repository: list[str], capsys: pytest.CaptureFixt
 
 
 def test_speed_of_two_commits(repository: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, int]] = []
+    seen: list[tuple[Any, ...]] = []
 
-    def faked(tree: Path, steps: int) -> list[dict[str, Any]]:
-        seen.append((tree.name[:1], steps))
+    def faked(tree: Path, *rest: Any) -> list[dict[str, Any]]:
+        seen.append((tree.name[:1], *rest))
         return LINES
 
     monkeypatch.setattr(compare_commits, "train", faked)
     assert compare_commits.main(["speed", *repository, "--steps", "2", "--repeats", "2"]) == 0
     assert seen == [("0", 3), ("1", 3)] * 2  # alternating, one step more than are counted
+    text = "data.train=text.jsonl"
+    for order in ([repository[0], "HEAD", "--steps", "2", text], [repository[0], text, "--steps", "2"]):
+        seen.clear()
+        assert compare_commits.main(["speed", *order, "--repeats", "1"]) == 0
+        assert seen == [("0", 3, text), ("1", 3, text)]
 
 
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])

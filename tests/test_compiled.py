@@ -185,7 +185,7 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch, kernel: str = "PyTorch's") -> Non
     """The kernel is replaced by its formula, as it runs on GPUs only."""
     if kernel == "FlashAttention 4":
         monkeypatch.setattr(flash4, "kernels", lambda: Flash4ByFormula)
-        monkeypatch.setattr(flash4, "knows", lambda query: True)
+        monkeypatch.setattr(flash4, "faster_here", lambda query: True)
     else:
         monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_formula)
         monkeypatch.setattr(packed_attention, "has_kernel", lambda query: True)
@@ -196,7 +196,7 @@ class Flash4ByFormula:
 
     @staticmethod
     def _flash_attn_fwd(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> tuple[Tensor, Tensor, None]:
-        weights = weights_by_formula(q, k, how["cu_seqlens_q"], how["softmax_scale"], how.get("window_size_left"))
+        weights = weights_by_formula(q, k, how["cu_seqlens_q"], how["softmax_scale"])
         out = torch.einsum("hij,jhd->ihd", weights, shared(v, q)).contiguous()
         return out, torch.zeros(q.shape[1], q.shape[0]), None
 
@@ -205,7 +205,7 @@ class Flash4ByFormula:
         q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad: Tensor, sums: Tensor, **how: Any
     ) -> tuple[Tensor, ...]:
         scale = how["softmax_scale"]
-        weights = weights_by_formula(q, k, how["cu_seqlens_q"], scale, how.get("window_size_left"))
+        weights = weights_by_formula(q, k, how["cu_seqlens_q"], scale)
         of_weights = torch.einsum("ihd,jhd->hij", grad, shared(v, q))
         of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
         dq = torch.einsum("hij,jhd->ihd", of_scores, shared(k, q))
@@ -220,7 +220,7 @@ def shared(x: Tensor, q: Tensor) -> Tensor:
     return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
-def weights_by_formula(q: Tensor, k: Tensor, starts: Tensor, scale: float, window: int | None) -> Tensor:
+def weights_by_formula(q: Tensor, k: Tensor, starts: Tensor, scale: float, window: int | None = None) -> Tensor:
     """[H, N, N]: the softmax over what comes before in the same document, no further back than ``window``."""
     place = torch.arange(len(q))
     document = torch.searchsorted(starts[1:].contiguous(), place, right=True)
@@ -261,13 +261,12 @@ def test_packed_attention_keeps_documents_apart_as_a_mask_does(
         torch.testing.assert_close(found[2][parameter], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_flash_attention_4_is_an_operator_of_pytorch(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_4_is_an_operator_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its shapes for the compiler, its gradients and that it writes into nothing, by PyTorch's own checks."""
     as_on_gpu(monkeypatch, "FlashAttention 4")
     q, k, v = (torch.randn(12, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     starts = torch.tensor([0, 5, 12], dtype=torch.int32)
-    torch.library.opcheck(flash4.attend, (q, k, v, starts, 12, 0.3, window))
+    torch.library.opcheck(flash4.attend, (q, k, v, starts, 12, 0.3))
 
 
 def test_flash_attention_4_is_taken_where_its_package_and_its_gpu_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,13 +275,18 @@ def test_flash_attention_4_is_taken_where_its_package_and_its_gpu_are(monkeypatc
     assert flash4.kernels() is None
     flash4.kernels.cache_clear()
     half = torch.zeros(2, 1, 128, dtype=torch.bfloat16)
-    assert not flash4.knows(half)  # on a CPU
+    assert not flash4.faster_here(half)  # on a CPU
+    monkeypatch.setattr(flash4, "kernels", lambda: Flash4ByFormula)
+    capability = {"Ampere": (8, 0), "Hopper": (9, 0), "Blackwell": (10, 0)}
+    for gpu, version in capability.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda version=version: version)
+        assert flash4._usable() == (gpu == "Hopper")
     monkeypatch.setattr(flash4, "_usable", lambda: True)
     on_gpu = dict(is_cuda=True, dtype=torch.bfloat16, shape=(2, 1, 128))
-    assert flash4.knows(SimpleNamespace(**on_gpu))
+    assert flash4.faster_here(SimpleNamespace(**on_gpu))
     slower = {"shape": (2, 1, 64)}  # than PyTorch's kernel
     for other in ({"is_cuda": False}, {"dtype": torch.float32}, slower):
-        assert not flash4.knows(SimpleNamespace(**on_gpu | other)), other
+        assert not flash4.faster_here(SimpleNamespace(**on_gpu | other)), other
 
 
 @pytest.mark.no_cover  # counting lines doubles the time that Dynamo takes

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import tiny_run
 from transformers import PreTrainedTokenizerFast
 
 import bench
-from benchmarks import expect, page
+from benchmarks import expect, page, results
+from benchmarks.case import Case
 from lp_train.config import load_config
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError
@@ -66,6 +68,22 @@ def test_a_table_is_made_anew_from_its_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").rename(tmp_path / "b.json")
     with pytest.raises(OSError, match="No such file"):
         page.written(tmp_path / "page.md")
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "version", "names"),
+    [
+        ("llama-8b", {}, None, []),
+        ("llama-8b", {"fp8": True}, "4.0.0b36", ["FP8", "FlashAttention 4"]),
+        ("llama-3b", {"gradient_checkpointing": True}, None, ["checkpointing"]),
+        ("smollm2-135m", {}, "4.0.0b36", []),  # its heads have 64 values
+    ],
+)
+def test_what_a_step_had_beyond_the_plain_one(
+    shape: str, options: dict[str, bool], version: str | None, names: list[str]
+) -> None:
+    found = {"case": asdict(Case(shape, **options)), "versions": {"flash-attn-4": version}}
+    assert results.beyond_the_plain_step(found) == names
 
 
 @pytest.mark.parametrize("name", COMPUTED)

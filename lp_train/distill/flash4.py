@@ -1,5 +1,5 @@
-"""FlashAttention 4 among the documents of packed rows, where its package is installed: on Hopper and Blackwell faster
-than the kernel in PyTorch. As operators of PyTorch, so that compiled blocks and CUDA graphs take them like any other.
+"""FlashAttention 4 among the documents of packed rows, where its package is installed: on an H200 faster than
+PyTorch's kernel for heads of 128. As operators of PyTorch, so that compiled blocks and CUDA graphs take them.
 """
 
 import importlib.util
@@ -19,42 +19,41 @@ def kernels() -> Any:
 
 @torch.compiler.assume_constant_result
 def _usable() -> bool:
-    return kernels() is not None and torch.cuda.get_device_capability()[0] in (9, 10)
+    return kernels() is not None and torch.cuda.get_device_capability()[0] == 9
 
 
-def knows(q: Tensor) -> bool:
-    """q [N, H, d]: whether this GPU has kernels for its type and, of its size of heads, faster ones than PyTorch."""
+def faster_here(q: Tensor) -> bool:
+    """q [N, H, d]: whether it is what was measured to be faster: Hopper, half precision, heads of 128."""
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == 128 and _usable()
 
 
-def _how(starts: Tensor, longest: int, scale: float, window: int | None) -> dict[str, Any]:
-    sides = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+def _arguments(starts: Tensor, longest: int, scale: float) -> dict[str, Any]:
     lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
-    return {**lengths, **sides, "softmax_scale": scale, "causal": True}
+    return {**lengths, "softmax_scale": scale, "causal": True}
 
 
 @torch.library.custom_op("lp_train::flash4", mutates_args=())
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float) -> tuple[Tensor, Tensor]:
     """Causal: q [N, H, d], k and v [N, K, d], ``starts`` int32 of the documents in N -> [N, H, d] and, for the
     gradient, float32 logarithms of sums [H, N]."""
-    out, sums, *_ = kernels()._flash_attn_fwd(q, k, v, **_how(starts, longest, scale, window), return_lse=True)
+    out, sums, *_ = kernels()._flash_attn_fwd(q, k, v, **_arguments(starts, longest, scale), return_lse=True)
     return out, sums
 
 
 @attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, window: int | None) -> Any:
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float) -> Any:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-_SEVEN = ", ".join(f"Tensor {name}" for name in ("grad", "q", "k", "v", "out", "sums", "starts"))
-_BACKWARD = f"({_SEVEN}, int longest, float scale, int? window) -> (Tensor, Tensor, Tensor)"
+_TENSORS = ", ".join(f"Tensor {name}" for name in ("grad", "q", "k", "v", "out", "sums", "starts"))
+_BACKWARD = f"({_TENSORS}, int longest, float scale) -> (Tensor, Tensor, Tensor)"
 
 
 @torch.library.custom_op("lp_train::flash4_backward", mutates_args=(), schema=_BACKWARD)
-def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *how: Any) -> Any:
-    return kernels()._flash_attn_bwd(q, k, v, out, grad, sums, **_how(*how))[:3]
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *starts_longest_and_scale: Any
+) -> Any:
+    return kernels()._flash_attn_bwd(q, k, v, out, grad, sums, **_arguments(*starts_longest_and_scale))[:3]
 
 
 @_gradients.register_fake
@@ -62,15 +61,14 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, longest, scale, window = inputs
-    ctx.save_for_backward(*tensors[:3], *output, tensors[3])
-    ctx.how = longest, scale, window
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, starts, *ctx.longest_and_scale = inputs
+    ctx.save_for_backward(q, k, v, *output, starts)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_gradients(grad.contiguous(), *ctx.saved_tensors, *ctx.how), None, None, None, None
+    return *_gradients(grad.contiguous(), *ctx.saved_tensors, *ctx.longest_and_scale), None, None, None
 
 
-attend.register_autograd(_backward, setup_context=_keep)
+attend.register_autograd(_backward, setup_context=_save)

@@ -36,8 +36,8 @@ def packed_attention(
     rows, _, length, size = query.shape
     scale = size**-0.5 if scaling is None else scaling
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    if flash4.knows(q):
-        out = flash4.attend(q, k, v, cu_seq_lens_q, max_length_q, scale, sliding_window)[0]
+    if sliding_window is None and flash4.faster_here(q):
+        out = flash4.attend(q, k, v, cu_seq_lens_q, max_length_q, scale)[0]
     elif has_kernel(query):
         window = {} if sliding_window is None else {"window_size_left": sliding_window - 1, "window_size_right": 0}
         lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import lp_train
+from benchmarks.case import Case, model_config
 from lp_train.errors import UserError
 
 SAME = ("case", "versions", "device", "machine", "commit", "code")  # only lines that agree in these are compared
@@ -64,10 +65,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def beyond_the_plain_step(found: dict[str, Any]) -> list[str]:
-    """What was asked for in a training case, or installed for it: names for a table."""
-    case, versions = found["case"], found["versions"]
-    names = ["checkpointing"] * case["gradient_checkpointing"] + ["FP8"] * case["fp8"]
-    return names + ["FlashAttention 4"] * bool(versions.get("flash-attn-4"))
+    """What a training case asked for, and FlashAttention 4 where ours took it on a Hopper GPU: names for a table."""
+    case, config = found["case"], model_config(Case(found["case"]["shape"]))
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    flash4 = size == 128 and found["versions"].get("flash-attn-4")
+    names = {"checkpointing": case["gradient_checkpointing"], "FP8": case["fp8"], "FlashAttention 4": flash4}
+    return [name for name, is_so in names.items() if is_so]
 
 
 def compare(variants: dict[str, dict[str, Any]]) -> None:
