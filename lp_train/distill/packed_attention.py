@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
 from lp_train.distill import flash4
+from lp_train.pairing.families import head_dim
 
 NAME = "packed"  # as `attn_implementation`; no mask is registered under it, so Transformers makes none
 LONG = 1024  # tokens of a document from which on a CPU does not hold all of its scores
@@ -76,7 +77,6 @@ AttentionInterface.register(NAME, packed_attention)
 def supports(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this computes the model's attention, and faster: neither soft cap nor sinks; on a GPU half precision and
     heads of 8 to 256 values in steps of 8, on a CPU bfloat16."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    half = dtype in (torch.float16, torch.bfloat16)
+    head, half = head_dim(config), dtype in (torch.float16, torch.bfloat16)
     fits = dtype == torch.bfloat16 if device.type == "cpu" else half and head % 8 == 0 and head <= 256
     return fits and not getattr(config, "attn_logit_softcapping", None) and config.model_type != "gpt_oss"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from lp_train.errors import UserError
 
@@ -75,6 +76,11 @@ FAMILIES: dict[str, Family] = {  # by `config.model_type`
 def decoder_of(model: nn.Module) -> nn.Module:
     """The stack with ``layers``, ``norm`` and ``embed_tokens``, of a causal LM or of a PEFT model around one."""
     return model.get_decoder()
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """The size of an attention head, which some configurations leave to be worked out."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def check_family(model_type: str) -> Family:

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lp_train import register
 from lp_train.errors import UserError
 from lp_train.modeling_layer_parallel import CLASSES
-from lp_train.pairing.families import FAMILIES, decoder_of
+from lp_train.pairing.families import FAMILIES, decoder_of, head_dim
 from lp_train.pairing.pairs import plan_of
 from lp_train.pairing.plan import blocks_of
 
@@ -120,7 +120,7 @@ def config_of(model: nn.Module, made: list[Block]) -> PretrainedConfig:
     index = {block[0]: i for i, block in enumerate(made)}
     new = old | {
         "num_hidden_layers": len(made),
-        "head_dim": _head_dim(model.config),
+        "head_dim": head_dim(model.config),
         "per_layer_config": {i: {name: 2 * old[name] for name in WIDER} for i in wide} or None,
         "parallel_layers": {
             "wide": wide,
@@ -137,10 +137,6 @@ def config_of(model: nn.Module, made: list[Block]) -> PretrainedConfig:
 
 def _branches(config: PretrainedConfig) -> dict[str, Any]:
     return dataclasses.asdict(FAMILIES[config.model_type])
-
-
-def _head_dim(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -193,7 +189,7 @@ def _plain_state(layer: nn.Module) -> State:
 def wide_state(first: State, second: State, config: PretrainedConfig) -> State:
     """Weights of the wide layer from those of two layers (names as in a decoder layer), in float32."""
     heads, kv_heads, width = (getattr(config, name) for name in WIDER)
-    d = _head_dim(config)
+    d = head_dim(config)
     packed = {"qkv_proj": [heads * d, kv_heads * d, kv_heads * d], "gate_up_proj": [width, width]}
     state = {}
     for name in first:

@@ -13,7 +13,9 @@ import torch
 
 import lp_train
 from benchmarks.case import Case, model_config
+from lp_train.distill import flash4
 from lp_train.errors import UserError
+from lp_train.pairing.families import head_dim
 
 SAME = ("case", "versions", "device", "machine", "commit", "code")  # only lines that agree in these are compared
 
@@ -66,10 +68,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def beyond_the_plain_step(found: dict[str, Any]) -> list[str]:
     """What a training case asked for, and FlashAttention 4 where ours took it on a Hopper GPU: names for a table."""
-    case, config = found["case"], model_config(Case(found["case"]["shape"]))
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    flash4 = size == 128 and found["versions"].get("flash-attn-4")
-    names = {"checkpointing": case["gradient_checkpointing"], "FP8": case["fp8"], "FlashAttention 4": flash4}
+    case, installed = found["case"], found["versions"].get("flash-attn-4")
+    taken = installed and head_dim(model_config(Case(case["shape"]))) == flash4.HEAD_DIM
+    names = {"checkpointing": case["gradient_checkpointing"], "FP8": case["fp8"], "FlashAttention 4": taken}
     return [name for name, is_so in names.items() if is_so]
 
 
