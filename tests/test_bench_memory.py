@@ -138,8 +138,8 @@ def test_logits_of_an_eager_loss_are_those_made(loss: str, dtype: torch.dtype, c
 
 
 def test_steps_take_on_a_gpu_what_the_rules_say() -> None:
-    """Peaks of the benchmarks' compiled steps on H100s and H200s: one GPU, and four under FSDP2."""
-    files = (*(f"benchmarks/results/train_{gpu}.jsonl" for gpu in ("h100", "h200")), "scaling/results/h100x4.jsonl")
+    """Peaks of the benchmarks' compiled steps on H100s and H200s: one GPU, two and four under DDP, four under FSDP2."""
+    files = (*(f"benchmarks/results/train_{gpu}.jsonl" for gpu in ("h100", "h200")), "scaling/results/h200x4.jsonl")
     lines = [json.loads(line) for file in files for line in (RECIPES / file).read_text().splitlines()]
     measured = [
         (line["case"], "ddp", 1, figures["peak_gib"])
