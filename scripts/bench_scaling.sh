@@ -59,8 +59,8 @@ for part in ${parts:-ddp fsdp2 zero3 runs 70b}; do
         launch 120 fsdp2 fsdp2 "$gpus" step --shape llama-8b --steps 6 --warmup 4 ||
             launch 90 fsdp2-uncompiled fsdp2 "$gpus" step --shape llama-8b --steps 6 --warmup 2 --no-compile
         ;;
-    # as train.torch_compile auto: compiling would go into DeepSpeed's hooks of every module
-    zero3) launch 100 zero3 zero3 "$gpus" step --shape llama-8b --steps 6 --warmup 2 --no-compile ;;
+    # nothing compiled: train.torch_compile auto leaves the blocks alone too, since DeepSpeed's hooks are on every module
+    zero3) launch 100 zero3-uncompiled zero3 "$gpus" step --shape llama-8b --steps 6 --warmup 2 --no-compile ;;
     70b)
         launch 150 fsdp2-70b fsdp2 "$gpus" step --shape llama-70b --in-parts --batch 4 --steps 3 --warmup 2 --gradient-checkpointing
         ;;
