@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tiny_trainer import COLLATE, packed_rows, trainer_maker
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -28,12 +28,13 @@ ROWS = 8
 
 
 def cases() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Both algebras, without and with gradient checkpointing of either kind."""
+    """Both algebras, without and with gradient checkpointing of either kind; and frozen weights in bfloat16."""
     for algebra in ("lp", "par"):
         yield f"{algebra}-plain", {"algebra": algebra}
         for reentrant in (False, True):
             kind = "reentrant" if reentrant else "checkpointed"
             yield f"{algebra}-{kind}", {"algebra": algebra, "gradient_checkpointing": {"use_reentrant": reentrant}}
+    yield "lp-bfloat16", {"algebra": "lp", "frozen": torch.bfloat16}
 
 
 def run(model: Path, results: Path, name: str, case: dict[str, Any], state: PartialState) -> PairedTrainer:
@@ -49,14 +50,9 @@ def run(model: Path, results: Path, name: str, case: dict[str, Any], state: Part
     figures = measure(trainer.model, rows, COLLATE, 2, {"now": as_it_is}, rank=rank, world_size=world)["now"].as_dict()
     if state.is_main_process:
         found = {"figures": figures, "loss": trainer.state.log_history[0]["loss"], **trainer.engine_seen}
+        found["dtypes"] = sorted({(p.requires_grad, str(p.dtype)) for p in trainer.model.parameters()})
         (results / f"{name}.json").write_text(json.dumps(found))
     return trainer
-
-
-def by_layer(model: nn.Module, **options: Any) -> nn.Module:
-    for layer in decoder_of(model).layers:
-        fully_shard(layer)
-    return model
 
 
 def main(model: str, results: str, unit: str = "pairs") -> None:

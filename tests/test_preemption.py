@@ -79,6 +79,36 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_next_run(program: Program, w
     assert_same_run(program.run("cut", "--resume", *long), expected)
 
 
+def test_a_kill_in_an_evaluation_leaves_the_last_checkpoint(program: Program) -> None:
+    """The rows of the test above, and a checkpoint before."""
+    long = ("evaluate.tokens=3000", "evaluate.batch_size=1", "evaluate.generation_prompts=0")
+    expected = program.run("long2", *long)
+    (started,) = program.start("cut2", *long)
+    until(started, "step 3/12")
+    started.kill()
+    assert ends([started])[0] == [-9]
+    folder = program.folder / "cut2"
+    assert newest_whole(folder, print) == folder / "checkpoint-2" and not evaluations(folder)
+    assert_same_run(program.run("cut2", "--resume", *long), expected)
+
+
+def test_a_kill_in_saving_leaves_the_checkpoint_before(program: Program, whole: Path) -> None:
+    folder = program.folder / "saving"
+    half = folder / checkpoint.SAVING / "checkpoint-4"
+    for _ in range(5):  # times that the kill may come after the renaming
+        (started,) = program.start("saving", "--overwrite")
+        until(started, "step 3/12")
+        while not half.exists():
+            assert not (folder / "checkpoint-6").exists()
+        started.kill()
+        assert ends([started])[0] == [-9]
+        if half.exists():
+            break
+    assert half.exists() and newest_whole(folder, print) == folder / "checkpoint-2"
+    assert_same_run(program.run("saving", "--resume"), whole)
+    assert not half.parent.exists()
+
+
 def test_a_restarted_slurm_job_resumes_by_itself_and_overwrites_nothing(program: Program, whole: Path) -> None:
     (started,) = program.start("requeued", "--overwrite", "--requeue")
     until(started, "step 5/12")

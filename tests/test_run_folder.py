@@ -1,7 +1,9 @@
 """What a run folder tells about how it was made, and checkpoints that cannot be read."""
 
+import contextlib
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,37 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_left_out(tmp_path: Path) 
     said: list[str] = []
     assert checkpoint.newest_whole(tmp_path, said.append) == tmp_path / "checkpoint-1"
     assert "checkpoint-3 is left out: cannot be read" in said[0] and said[1].endswith("weights is missing")
+
+
+@pytest.mark.parametrize("point", range(6))
+def test_a_checkpoint_is_whole_or_not_there(point: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended before each of the points of writing the second one: two files, their list and their folder to the disk,
+    the renaming, the renaming to the disk."""
+    done: list[str] = []
+
+    def unless_ended(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def made(path: Path, *arguments: object) -> object:
+            if len(done) == point and path.is_relative_to(tmp_path / "aside" / "checkpoint-2"):
+                raise InterruptedError
+            done.append(f"{name} {path.name}")
+            return call(path, *arguments)
+
+        return made
+
+    for step in (1, 2):
+        written = tmp_path / "aside" / f"checkpoint-{step}"
+        written.mkdir(parents=True)
+        for name in ("weights", "optimizer"):
+            (written / name).write_bytes(b"abc")
+        if step == 2:
+            monkeypatch.setattr(checkpoint, "_to_disk", unless_ended("disk", checkpoint._to_disk))
+            monkeypatch.setattr(Path, "rename", unless_ended("rename", Path.rename))
+        with contextlib.suppress(InterruptedError):
+            checkpoint.publish(written, tmp_path / f"checkpoint-{step}")
+    if ended := point < 5:
+        assert len(done) == point
+    else:
+        assert set(done[:4]) == {f"disk {n}" for n in ("weights", "optimizer", checkpoint.MANIFEST, "checkpoint-2")}
+        assert done[4:] == ["rename checkpoint-2", f"disk {tmp_path.name}"]
+    assert checkpoint.newest_whole(tmp_path, print) == tmp_path / ("checkpoint-1" if ended else "checkpoint-2")
+    assert (tmp_path / "checkpoint-2").exists() != ended

@@ -113,6 +113,8 @@ def test_a_stopped_job_is_queued_again_and_goes_on(slurm: Slurm, program: Progra
     assert (folder / "report.json").exists(), slurm.output()
     assert losses(folder) == losses(expected)
     assert_same_weights(weights(folder), weights(expected), 0)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line].count(1) == 1  # it did not begin anew
 
 
 @pytest.mark.slow
@@ -146,8 +148,9 @@ def test_two_nodes_form_one_world(slurm: Slurm, program: Program) -> None:
 @pytest.mark.slow
 def test_an_array_runs_each_line(slurm: Slurm, program: Program) -> None:
     folders = [program.folder / f"line{i}" for i in (1, 2)]
-    lines = [f"{program.config} train.output_dir={f} train.max_steps=2 lora.r={i}\n" for i, f in enumerate(folders, 1)]
-    (program.folder / "list.txt").write_text("# ranks\n" + "".join(lines))
+    configs = [program.config, Path(shutil.copy(program.config, program.folder / "other.yaml"))]
+    lines = [f"{configs[i]} train.output_dir={f} train.max_steps=2 lora.r={i + 1}\n" for i, f in enumerate(folders)]
+    (program.folder / "list.txt").write_text("# configurations and ranks\n" + "".join(lines))
     job = slurm.submit("--array=1-2", "slurm/sweep.sbatch", str(program.folder / "list.txt"))
     slurm.wait(lambda: slurm.ended(job))
     assert all((folder / "report.json").exists() for folder in folders), slurm.output()

@@ -75,11 +75,15 @@ def trainer_maker(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokeni
         checkpoint_every: int = 1,
         cuda_graph: bool = False,
         algebra: str = "lp",
+        frozen: torch.dtype = torch.float32,
         **options: Any,
     ) -> PairedTrainer:
         base = LlamaForCausalLM(tiny_llama.config).float()
         base.load_state_dict(start)
-        model, folder = shard(paired_with_adapter(base, dropout, algebra)), tmp_path / name
+        adapted = paired_with_adapter(base, dropout, algebra)
+        for parameter in (p for p in adapted.parameters() if not p.requires_grad):
+            parameter.data = parameter.data.to(frozen)
+        model, folder = shard(adapted), tmp_path / name
         dataset = packed_rows(rows, base.config.vocab_size) if isinstance(rows, int) else rows
         defaults = {"eval_strategy": "no", "save_strategy": "no", "logging_steps": 1, "gradient_checkpointing": False}
         defaults |= {"use_cpu": True}
