@@ -100,12 +100,21 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+def logged(folder: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of each line of the metrics that has it; a last line that was cut off is left out."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
 def losses(folder: Path) -> dict[int, float]:
     """By step; of a step that was made twice the later one."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return dict(logged(folder, "loss"))
 
 
 def evaluations(folder: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    return {line["step"]: line["eval_kl"] for line in lines if "eval_kl" in line}
+    return dict(logged(folder, "eval_kl"))
+
+
+def assert_went_on(folder: Path) -> None:
+    """The run did not begin anew: its first step was made once."""
+    assert [step for step, _ in logged(folder, "loss")].count(1) == 1

@@ -77,7 +77,8 @@ def start(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Te
 
 def gradients(start: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Of the one step of plain descent at rate 1. No adapter is without one: a step would leave it as it was."""
-    found = {name: value - saved(folder)[name] for name, value in start.items()}
+    end = saved(folder)
+    found = {name: value - end[name] for name, value in start.items()}
     assert all(value.count_nonzero() for value in found.values())
     return found
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launched import Program, ends, evaluations, losses, until, weights
+from launched import Program, assert_went_on, ends, evaluations, losses, until, weights
 from tiny_trainer import assert_same_weights
 from transformers import PreTrainedTokenizerFast
 
@@ -20,6 +20,8 @@ from lp_train.cluster.preemption import EXIT_PREEMPTED
 pytestmark = pytest.mark.slow
 OPTIONS = ("train.max_steps=12", "train.eval_steps=3", "train.save_steps=2", "train.per_device_train_batch_size=1")
 DROPOUT = "lora.lora_dropout=0.1"
+# Rows enough that the evaluation after step 3 is under way when the line of that step is read.
+LONG_EVALUATION = ("evaluate.tokens=3000", "evaluate.batch_size=1", "evaluate.generation_prompts=0")
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,7 @@ def test_a_run_that_was_ended_goes_on_bitwise(
 
 
 def test_a_signal_in_an_evaluation_leaves_it_to_the_next_run(program: Program, whole: Path) -> None:
-    """Rows enough that the evaluation after step 3 is under way when the signal comes."""
-    long = ("evaluate.tokens=3000", "evaluate.batch_size=1", "evaluate.generation_prompts=0", "train.save_steps=12")
+    long = (*LONG_EVALUATION, "train.save_steps=12")
     expected = program.run("long", *long)
     (started,) = program.start("cut", *long)
     until(started, "step 3/12")
@@ -80,16 +81,14 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_next_run(program: Program, w
 
 
 def test_a_kill_in_an_evaluation_leaves_the_last_checkpoint(program: Program) -> None:
-    """The rows of the test above, and a checkpoint before."""
-    long = ("evaluate.tokens=3000", "evaluate.batch_size=1", "evaluate.generation_prompts=0")
-    expected = program.run("long2", *long)
-    (started,) = program.start("cut2", *long)
+    expected = program.run("long2", *LONG_EVALUATION)
+    (started,) = program.start("cut2", *LONG_EVALUATION)
     until(started, "step 3/12")
     started.kill()
     assert ends([started])[0] == [-9]
     folder = program.folder / "cut2"
     assert newest_whole(folder, print) == folder / "checkpoint-2" and not evaluations(folder)
-    assert_same_run(program.run("cut2", "--resume", *long), expected)
+    assert_same_run(program.run("cut2", "--resume", *LONG_EVALUATION), expected)
 
 
 def test_a_kill_in_saving_leaves_the_checkpoint_before(program: Program, whole: Path) -> None:
@@ -118,8 +117,7 @@ def test_a_restarted_slurm_job_resumes_by_itself_and_overwrites_nothing(program:
     assert codes == [EXIT_PREEMPTED] and "no Slurm job here" in output
     folder = program.run("requeued", "--overwrite", SLURM_RESTART_COUNT="1")
     assert_same_run(folder, whole)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line].count(1) == 1
+    assert_went_on(folder)
 
 
 def test_damaged_and_half_written_checkpoints_are_left_out(program: Program, whole: Path) -> None:

@@ -53,12 +53,18 @@ def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [path.name for path in (folder / "starts").iterdir()] == ["1"]
 
 
+def written(folder: Path, step: int) -> Path:
+    """A checkpoint that is not published yet."""
+    aside = folder / "aside" / f"checkpoint-{step}"
+    aside.mkdir(parents=True)
+    for name in ("weights", "optimizer"):
+        (aside / name).write_bytes(b"abc")
+    return aside
+
+
 def test_a_checkpoint_that_cannot_be_read_is_named_and_left_out(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        written = tmp_path / "aside"
-        written.mkdir()
-        (written / "weights").write_bytes(b"abc")
-        checkpoint.publish(written, tmp_path / f"checkpoint-{step}")
+        checkpoint.publish(written(tmp_path, step), tmp_path / f"checkpoint-{step}")
     for step in (2, 3):
         (tmp_path / f"checkpoint-{step}" / "weights").unlink()
     (tmp_path / "checkpoint-3" / "weights").mkdir()  # opened, it is an error of the system
@@ -67,35 +73,30 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_left_out(tmp_path: Path) 
     assert "checkpoint-3 is left out: cannot be read" in said[0] and said[1].endswith("weights is missing")
 
 
-@pytest.mark.parametrize("point", range(6))
+@pytest.mark.parametrize("point", range(7))
 def test_a_checkpoint_is_whole_or_not_there(point: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ended before each of the points of writing the second one: two files, their list and their folder to the disk,
-    the renaming, the renaming to the disk."""
+    """Publishing the second one ends before each of its points, or not at all: two files, their list and their folder
+    go to the disk, the folder gets its name, the name goes to the disk."""
     done: list[str] = []
 
-    def unless_ended(name: str, call: Callable[..., object]) -> Callable[..., object]:
+    def until_point(name: str, call: Callable[..., object]) -> Callable[..., object]:
         def made(path: Path, *arguments: object) -> object:
-            if len(done) == point and path.is_relative_to(tmp_path / "aside" / "checkpoint-2"):
+            if len(done) == point:
                 raise InterruptedError
             done.append(f"{name} {path.name}")
             return call(path, *arguments)
 
         return made
 
-    for step in (1, 2):
-        written = tmp_path / "aside" / f"checkpoint-{step}"
-        written.mkdir(parents=True)
-        for name in ("weights", "optimizer"):
-            (written / name).write_bytes(b"abc")
-        if step == 2:
-            monkeypatch.setattr(checkpoint, "_to_disk", unless_ended("disk", checkpoint._to_disk))
-            monkeypatch.setattr(Path, "rename", unless_ended("rename", Path.rename))
-        with contextlib.suppress(InterruptedError):
-            checkpoint.publish(written, tmp_path / f"checkpoint-{step}")
-    if ended := point < 5:
-        assert len(done) == point
-    else:
-        assert set(done[:4]) == {f"disk {n}" for n in ("weights", "optimizer", checkpoint.MANIFEST, "checkpoint-2")}
-        assert done[4:] == ["rename checkpoint-2", f"disk {tmp_path.name}"]
-    assert checkpoint.newest_whole(tmp_path, print) == tmp_path / ("checkpoint-1" if ended else "checkpoint-2")
-    assert (tmp_path / "checkpoint-2").exists() != ended
+    checkpoint.publish(written(tmp_path, 1), tmp_path / "checkpoint-1")
+    second = written(tmp_path, 2)
+    monkeypatch.setattr(checkpoint, "_to_disk", until_point("disk", checkpoint._to_disk))
+    monkeypatch.setattr(Path, "rename", until_point("rename", Path.rename))
+    with contextlib.suppress(InterruptedError):
+        checkpoint.publish(second, tmp_path / "checkpoint-2")
+    contents = {f"disk {name}" for name in ("weights", "optimizer", checkpoint.MANIFEST, "checkpoint-2")}
+    assert len(set(done)) == point and set(done[:4]) <= contents
+    assert done[4:] == ["rename checkpoint-2", f"disk {tmp_path.name}"][: max(0, point - 4)]
+    named = point > 4
+    assert checkpoint.newest_whole(tmp_path, print) == tmp_path / f"checkpoint-{2 if named else 1}"
+    assert (tmp_path / "checkpoint-2").exists() == named
