@@ -36,8 +36,9 @@ def commands() -> list[str]:
     return list(found)
 
 
-FINETUNE = re.compile(r"accelerate launch (?:--config_file (\S+) |--\S+ )*lp_train/finetune\.py (configs/(?!NAME).+)")
-TRAINS = [match[2] for command in commands() if (match := FINETUNE.match(command))]
+LAUNCHED = r"accelerate launch (?:--config_file (?:\S+) |--\S+ )*lp_train/finetune\.py"
+FINETUNE = re.compile(rf"(?:{LAUNCHED}|lp-train finetune) (configs/(?!NAME).+)")
+TRAINS = [match[1] for command in commands() if (match := FINETUNE.match(command))]
 OTHERS = [command for command in commands() if not FINETUNE.match(command) and command != "accelerate launch --quiet"]
 
 
@@ -115,11 +116,20 @@ def test_every_other_command_is_understood(
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_named_files_exist(document: Path) -> None:
     text = document.read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    paths = re.findall(r"`((?:lp_train|configs|recipes|scripts|tests)/[\w./]*\w)`", text)
-    missing = [link for link in links if not (document.parent / link).exists()]
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    paths = re.findall(r"`((?:lp_train|configs|recipes|scripts|slurm|tests)/[\w./]*\w)`", text)
+    missing = [file for file, _, _ in links if not (document.parent / file).exists()]
     missing += [path for path in paths if not (ROOT / path).exists()]
     assert not missing
+    headings = [(head, document.parent / (file or document.name)) for file, _, head in links if head]
+    assert not [head for head, page in headings if head not in anchors(page)]
+
+
+def anchors(document: Path) -> set[str]:
+    """The headings of a page, or of a folder's README, as GitHub makes links of them."""
+    page = document / "README.md" if document.is_dir() else document
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
 
 
 RECIPE = ROOT / "recipes" / "smollm2_135m" / "README.md"
@@ -146,3 +156,54 @@ def result_row(report: dict) -> str:
         f"{report['train']['seconds']:.0f} s",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def test_the_demos_output_is_that_of_its_report() -> None:
+    report = json.loads((RESULTS / "demo_cpu_float32.json").read_text())
+    table = []
+    for name, label in (("sequential", "original"), ("paired", "untuned pairs"), ("recovered", "recovered")):
+        of, depth = report[name], 30 if name == "sequential" else report["effective_depth"]
+        back = [f"{report['recovery'][of]:.0%}" if name == "recovered" else "" for of in ("nll", "kl")]
+        cells = [f"{of['nll']:.4f}", f"{of['ppl']:.2f}", f"{of['kl']:.4f}", f"{of['top1_agreement']:.1%}", *back]
+        table.append(" ".join(f"| {label} | {depth} | {' | '.join(cells)} |".split()))
+    assert "\n".join(table) in DOCUMENTS[0].read_text()
+
+
+MEASURED = ROOT / "recipes" / "benchmarks" / "results"
+SHAPES = {"8B": "llama-8b", "3B": "llama-3b", "1B": "llama-1b", "Llama 2 7B": "llama2-7b"}
+PLACES = {"H200": "infer_h200", "two H200": "tensor_parallel_h200", "two H100": "tensor_parallel_h100"}
+DECODED = r"^\| ([\w ]+), (\d+) \| ((?:two )?H[12]00)(?:, ([\w, ]+))? \| ([\d.]+) x \| ([\d.]+|[\w ]+?)(?: x.*?)? \|"
+
+
+@pytest.mark.parametrize("row", re.findall(DECODED, DOCUMENTS[0].read_text(), flags=re.MULTILINE), ids=" ".join)
+def test_decoding_of_the_readme_is_that_of_the_stored_steps(row: tuple[str, ...]) -> None:
+    shape, pairs, place, what, graph, compiled = row
+    if shape == "SmolLM2":
+        assert f"| 22 | {graph} x |" in RECIPE.read_text()
+        return
+    lines = [json.loads(line) for file in MEASURED.glob(f"{PLACES[place]}/*.jsonl") for line in file.open()]
+    cells = [line["cell"] for line in lines if line["case"]["shape"] == SHAPES[shape] and line["cell"]["batch"] == 1]
+    assert graph in speed_ups(cells, int(pairs), "graph", "generate" if what == "4,096 tokens" else "decode")
+    assert not compiled[0].isdigit() or compiled in speed_ups(cells, int(pairs), "compile", "decode")
+
+
+def speed_ups(cells: list[dict], pairs: int, mode: str, what: str) -> list[str]:
+    """In order over fused at the shortest context."""
+    cells = [cell for cell in cells if (cell["mode"], cell["what"]) == (mode, what)]
+    cells = [cell for cell in cells if cell["context"] == min(cell["context"] for cell in cells)]
+    whole = [cell for cell in cells if cell["form"] == "sequential"]
+    return [f"{a['ms'] / b['ms']:.2f}" for a in whole for b in cells if a["layers"] - b["layers"] == pairs]
+
+
+def test_training_of_the_readme_is_that_of_the_stored_steps() -> None:
+    stored = [json.loads(line)["variants"] for line in (MEASURED / "train_h200.jsonl").open()]
+    speeds = {f"{of['ours']['tokens_per_second']:,.0f}" for of in stored if of.get("ours")}
+    row = re.compile(r"^\| (?:8B|3B|SmolLM2), \d[^|]* \|([^|]+)\|([^|]+)\|.* [\d.]+ \|$", flags=re.MULTILINE)
+    rows = row.findall(DOCUMENTS[0].read_text())
+    given = {figure for row in rows for cell in row for figure in re.findall(r"\d+,\d{3}", cell)}
+    assert len(rows) == 5 and given and given <= speeds
+
+
+def test_the_log_is_in_order_of_dates() -> None:
+    dates = re.findall(r"^## (\d{4}-\d\d-\d\d) ", (ROOT / "recipes" / "LOG.md").read_text(), flags=re.MULTILINE)
+    assert len(dates) > 5 and dates == sorted(dates, reverse=True)

@@ -87,9 +87,20 @@ def test_what_a_step_had_beyond_the_plain_one(
 
 
 @pytest.mark.parametrize("name", COMPUTED)
+def test_the_commands_of_a_page_are_those_of_the_overview(name: str) -> None:
+    overview, page = (" ".join((RECIPES / of / "README.md").read_text().split()) for of in ("", name))
+    section = page.partition("## Commands ")[2].partition("## What to expect")[0].replace("\\ ", "").strip()
+    commands = re.split(r" (?=lp-train|accelerate launch|sbatch)| 8 GPUs.*?:| Slurm:", section)[1:]
+    rows = " train.per_device_train_batch_size=4"  # not on every page
+    overview = overview.replace(rows, "").replace("llama3b", name)
+    lost = [command for command in commands if command.replace(rows, "") not in overview]
+    assert len(commands) > 10 and not lost
+
+
+@pytest.mark.parametrize("name", COMPUTED)
 def test_what_a_page_says_of_8_gpus_divides(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = (RECIPES / name / "README.md").read_text()
-    asked = re.findall(r"On 8 GPUs add `([\w.=]+)`", page)
+    asked = re.findall(r"8 GPUs \(`([\w.=]+)`", page)
     dry_run(load_config(f"configs/{name}.yaml", asked), 8)
     assert "x 8 processes x 1024 = 32,768 tokens" in capsys.readouterr().out
     if asked:
