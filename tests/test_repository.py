@@ -71,6 +71,21 @@ def test_arrows_point_down() -> None:
             assert not used & {"finetune", "cli"}, name
 
 
+def arrows() -> dict[str, set[str]]:
+    """Between the folders and single modules right below lp_train."""
+    found: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        if name != "lp_train":
+            at, *used = (module.split(".")[1] for module in (name, *imports(path)) if "." in module)
+            found[at] = found.get(at, set()) | set(used) - {at, "errors"}
+    return {at: used for at, used in found.items() if used}
+
+
+def test_the_arrows_are_those_that_are_drawn() -> None:
+    drawn = re.findall(r"^    (\w+) +-> (.+)$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    assert {at: set(used.split()) for at, used in drawn} == arrows()
+
+
 def test_the_library_does_not_import_the_scripts() -> None:
     """But for the command line, which starts them by name where they are."""
     commands = {
