@@ -19,7 +19,7 @@ from lp_train.pairing import pair_layers
 from lp_train.pairing.fuse import fuse
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("llama", "llama-biases", "qwen3")
+FAMILIES = ("llama", "llama-biases", "mistral", "qwen3")
 LAYERS, FUSED = 6, 4
 
 
