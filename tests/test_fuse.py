@@ -1,11 +1,12 @@
 """Wide layers: the fused model is the paired one, in every family that has them, and a model like any other.
 
 Tolerances: 1e-5 of the largest logit in float32 against equations in float64; in bf16, where folding rounds once more,
-1e-2 of the logits' norm, or what the pairs themselves lose there on such tiny widths.
+1e-2 of the logits' norm, or what the pairs themselves lose there on such tiny widths; and fused against paired in bf16.
 """
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import transformers as hf
 from family_cases import CASES, PAIRS, THETA, VOCAB, WINDOW, Case
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_pairs_run import saved_bytes_and_gradients
 from torch import Tensor, nn
 
 from lp_train.errors import UserError
@@ -48,6 +50,10 @@ def error(ours: Tensor, expected: Tensor) -> float:
     return ((ours.double() - expected.double()).abs().max() / expected.abs().max()).item()
 
 
+def distance(ours: Tensor, expected: Tensor) -> float:
+    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 def paired(name: str = "llama", pairs: Any = PAIRS, **options: Any) -> nn.Module:
     return pair_layers((FUSED.get(name) or CASES[name]).model(), pairs, **options)
 
@@ -64,6 +70,11 @@ def test_a_fused_model_is_the_reference(name: str, tokens: int) -> None:
     assert error(fused(x).logits, model(x).logits) < 1e-5
 
 
+# Fused against paired with both in bf16: found 0.7e-2 with biases, 1.2e-2 to 1.7e-2 without. Widths of 32 lose as much
+# in the pairs alone: their checkpoint, which holds the very same weights and adds in another order, is 1.1e-2 off.
+APART = {name: 1e-2 if name == "llama-biases" else 2e-2 for name in FUSED}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", FUSED)
 def test_bf16_is_as_close_to_exact_as_the_pairs_are(name: str) -> None:
@@ -71,8 +82,10 @@ def test_bf16_is_as_close_to_exact_as_the_pairs_are(name: str) -> None:
     exact = pair_layers(copy.deepcopy(model).float(), PAIRS)(ids()).logits
     fused = fuse(pair_layers(model, PAIRS))
     assert {p.dtype for p in fused.parameters()} == {torch.bfloat16}
-    ours, pairs = (((m(ids()).logits - exact).norm() / exact.norm()).item() for m in (fused, model))
+    ours, pairs = (distance(m(ids()).logits, exact) for m in (fused, model))
     assert ours < max(1e-2, 1.25 * pairs), f"fused {ours:.1e}, paired {pairs:.1e}"
+    assert distance(copy.deepcopy(fused).float()(ids()).logits, exact) < 1e-2
+    assert distance(fused(ids()).logits, model(ids()).logits) < APART[name]
 
 
 @torch.no_grad()
@@ -216,11 +229,24 @@ def test_generation_of_a_padded_batch(both: tuple[nn.Module, hf.PreTrainedModel]
     assert torch.equal(made[1, 9:], alone[0, 5:])
 
 
-def test_the_draft_of_its_own_original_gives_exactly_the_original_s_greedy_tokens() -> None:
-    original, draft = FUSED["llama"].model(), fuse(paired())
-    draft.generation_config.num_assistant_tokens = 4
-    x = ids(9, 1)
-    assert torch.equal(original.generate(x, **GREEDY), original.generate(x, assistant_model=draft, **GREEDY))
+@pytest.mark.parametrize(("scale", "accepted"), [(1.0, 0.9), (1e-3, 2)], ids=["another model", "nearly the original"])
+def test_the_draft_of_its_own_original_gives_exactly_the_original_s_greedy_tokens(
+    scale: float, accepted: float
+) -> None:
+    """Pairs change almost nothing where their second layer adds almost nothing: such a draft must spare forwards."""
+    original, x, forwards = FUSED["llama"].model(), ids(9, 1), []
+    for _, second in PAIRS:
+        layer = original.model.layers[second]
+        layer.self_attn.o_proj.weight.data *= scale
+        layer.mlp.down_proj.weight.data *= scale
+    draft = fuse(pair_layers(copy.deepcopy(original), PAIRS))
+    draft.generation_config.update(
+        num_assistant_tokens=4, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+    )
+    alone = original.generate(x, **GREEDY)
+    original.register_forward_hook(lambda *_: forwards.append(1))
+    assert torch.equal(original.generate(x, assistant_model=draft, **GREEDY), alone)
+    assert GREEDY["max_new_tokens"] / len(forwards) > accepted
 
 
 @pytest.mark.no_cover  # counting lines doubles the time that Dynamo takes
@@ -232,19 +258,19 @@ def test_compiled_without_a_graph_break(both: tuple[nn.Module, hf.PreTrainedMode
     assert error(compiled(ids(), use_cache=False).logits, expected) < 1e-6
 
 
-def test_gradients_with_checkpointing_are_those_without(both: tuple[nn.Module, hf.PreTrainedModel]) -> None:
-    grads = []
+def test_checkpointing_saves_less_and_changes_no_gradient(both: tuple[nn.Module, hf.PreTrainedModel]) -> None:
+    found = []
     for checkpointing in (False, True):
         model = copy.deepcopy(both[1]).train()
-        model.config.use_cache = False
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        model(ids(), labels=ids()).loss.backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+        found.append(saved_bytes_and_gradients(model, ids(), teacher=False))
+    (saved, gradients), (saved_checkpointed, checkpointed) = found
+    assert saved_checkpointed < 0.5 * saved
+    assert all(torch.equal(a, b) for a, b in zip(gradients, checkpointed, strict=True))
 
 
 def test_hidden_states_and_attention_kernels(both: tuple[nn.Module, hf.PreTrainedModel]) -> None:
@@ -256,14 +282,24 @@ def test_hidden_states_and_attention_kernels(both: tuple[nn.Module, hf.PreTraine
     assert error(fused(ids()).logits, out.logits) < 1e-5
 
 
-def test_adapters_on_top_learn_and_come_off() -> None:
+def test_adapters_on_top_learn_come_off_are_saved_and_merged(tmp_path: Path) -> None:
     fused = fuse(paired())
+    fused.save_pretrained(tmp_path / "fused")
     before = fused(ids()).logits
     model = with_lora(fused).train()
-    model(input_ids=ids(), labels=ids()).loss.backward()
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    loss = model(input_ids=ids(), labels=ids()).loss
+    loss.backward()
     assert sum(p.grad is not None for p in model.parameters()) == 2 * 4 * 4
+    optimizer.step()
+    assert model(input_ids=ids(), labels=ids()).loss < loss
     with model.disable_adapter():
         assert torch.equal(model(ids()).logits, before)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    expected = model(ids()).logits
+    again = PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "fused"), tmp_path / "adapter")
+    assert torch.equal(again.eval()(ids()).logits, expected)
+    assert error(again.merge_and_unload()(ids()).logits, expected) < 1e-5
 
 
 def test_head_gains_take_the_heads_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
