@@ -1,11 +1,9 @@
-"""Exported checkpoints: the same model, in Transformers' own tools, with and without lp_train. Tolerance 1e-5."""
+"""Exported checkpoints: the same model, in Transformers' own tools. Tolerance 1e-5."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,18 @@ import pytest
 import tiny_run
 import torch
 import transformers as hf
-from family_cases import CASES, PAIRS, VOCAB, WINDOW
+from family_cases import CASES, PAIRS, VOCAB, WINDOW, Case
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from test_fuse import APART, FUSED, distance
+from test_pairs_run import saved_bytes_and_gradients
 from tiny_run import write_text
 from torch import Tensor, nn
 
 import export
 import lp_train
-from lp_train import finetune
+from lp_train import finetune, models
+from lp_train.config import ModelConfig
 from lp_train.errors import UserError
 from lp_train.pairing import in_order, pair_layers
 from lp_train.pairing.fuse import fuse
@@ -40,12 +42,15 @@ def random_ids(tokens: int = 3 * WINDOW + 1) -> Tensor:
 # --- every family ----------------------------------------------------------------------------------------------------
 
 
-def written(name: str, folder: Path, form: str, **pairing: Any) -> tuple[nn.Module, hf.PreTrainedModel]:
+WITH_WIDE_LAYERS = {**FUSED, "qwen2": CASES["qwen2"]}
+
+
+def written(case: Case, folder: Path, form: str, **pairing: Any) -> tuple[nn.Module, hf.PreTrainedModel]:
     """The paired model of a family and the checkpoint of it, loaded."""
-    model = pair_layers(CASES[name].model(), PAIRS, **pairing)
+    model = pair_layers(case.model(), PAIRS, **pairing)
     export._write_layers(model, folder, form, export.SHARD, print)
-    attention = CASES[name].attention
-    loaded = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    options = {"dtype": torch.float32, "attn_implementation": case.attention}
+    loaded = hf.AutoModelForCausalLM.from_pretrained(folder, **options)
     return model, loaded.eval()
 
 
@@ -53,16 +58,16 @@ def written(name: str, folder: Path, form: str, **pairing: Any) -> tuple[nn.Modu
 @pytest.mark.parametrize("algebra", ["lp", "par"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_paired_form_of_every_family(name: str, algebra: str, tmp_path: Path) -> None:
-    model, loaded = written(name, tmp_path, "paired", algebra=algebra)
+    model, loaded = written(CASES[name], tmp_path, "paired", algebra=algebra)
     assert loaded.config.model_type == f"layer_parallel_{model.config.model_type}"
     assert error(loaded(random_ids()).logits, model(random_ids()).logits) < 1e-5
     assert torch.equal(loaded.generate(random_ids(), **GREEDY), model.generate(random_ids(), **GREEDY))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama-biases", "mistral", "qwen2", "qwen2-window-unused", "qwen3", "phi3"])
+@pytest.mark.parametrize("name", WITH_WIDE_LAYERS)
 def test_the_fused_form(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, loaded = written(name, tmp_path, "fused")
+    model, loaded = written(WITH_WIDE_LAYERS[name], tmp_path, "fused")
     assert loaded.config.num_hidden_layers == (5 if name == "qwen2" else 4)
     assert ("stays a pair: 3+4: the two layers differ in layer_types" in capsys.readouterr().out) == (name == "qwen2")
     assert error(loaded(random_ids()).logits, model(random_ids()).logits) < 1e-5
@@ -71,41 +76,32 @@ def test_the_fused_form(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again(random_ids()).logits, loaded(random_ids()).logits)
     assert (tmp_path / "again" / "modeling_layer_parallel.py").exists()
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (name != "llama-tied")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["fused", "paired"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_model_in_bf16(name: str, form: str, tmp_path: Path) -> None:
+    model = pair_layers(FUSED[name].model().bfloat16(), PAIRS)
+    export._write_layers(model, tmp_path, form, export.SHARD, print)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {loaded.config.dtype} == {torch.bfloat16}
+    assert distance(loaded(random_ids()).logits, model(random_ids()).logits) < APART[name]
 
 
 def test_a_family_without_wide_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="norms after a block; .*use --form paired"):
-        written("gemma2", tmp_path, "fused")
+        written(CASES["gemma2"], tmp_path, "fused")
 
 
-def test_checkpointed_pairs_have_the_same_gradients(tmp_path: Path) -> None:
-    grads = []
-    for checkpointing in (False, True):
-        loaded = written("gemma3", tmp_path, "paired")[1].train()
-        if checkpointing:
-            loaded.gradient_checkpointing_enable({"use_reentrant": False})
-        loaded(random_ids(), labels=random_ids(), use_cache=False).loss.backward()
-        grads.append([p.grad for p in loaded.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
-
-
-def test_shards_hold_no_more_than_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    save = export.save_file
-
-    def saving(tensors: dict[str, Tensor], *arguments: Any, **options: Any) -> None:
-        sizes.append(sum(t.numel() * t.element_size() for t in tensors.values()))
-        save(tensors, *arguments, **options)
-
-    monkeypatch.setattr(export, "save_file", saving)
-    monkeypatch.setattr(export, "SHARD", 20_000)
-    model, loaded = written("qwen3", tmp_path, "fused")
-    assert len(sizes) > 3 and max(sizes) <= 20_000
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(sizes) == sum(4 * p.numel() for p in loaded.parameters())
-    for file in set(index["weight_map"].values()):
-        assert set(load_file(tmp_path / file)) == {n for n, where in index["weight_map"].items() if where == file}
-    assert error(loaded(random_ids()).logits, model(random_ids()).logits) < 1e-5
+def test_checkpointed_pairs_save_less_and_have_the_same_gradients(tmp_path: Path) -> None:
+    loaded = written(CASES["gemma3"], tmp_path, "paired")[1].train()
+    saved, gradients = saved_bytes_and_gradients(loaded, random_ids(), teacher=False)
+    loaded.gradient_checkpointing_enable({"use_reentrant": False})
+    saved_checkpointed, checkpointed = saved_bytes_and_gradients(loaded, random_ids(), teacher=False)
+    assert saved_checkpointed < 0.5 * saved
+    assert all(torch.equal(a, b) for a, b in zip(gradients, checkpointed, strict=True))
 
 
 @pytest.mark.parametrize("scaling", ["longrope"])
@@ -129,6 +125,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: hf.PreTrain
     """Runs ``lora``, ``full`` and ``nf4``, and the fused export of the first."""
     folder = tmp_path_factory.mktemp("export")
     model = tiny_run.save_model(folder / "model", tiny_tokenizer)
+    generation = hf.GenerationConfig.from_pretrained(model)
+    generation.update(do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.1)
+    generation.save_pretrained(model)
     config = tiny_run.write_config(folder / "config.yaml", model, write_text(folder / "text.jsonl"))
     for name, option in (("lora", "tune=lora"), ("full", "tune=full"), ("nf4", "model.quantization=nf4")):
         if name != "nf4" or hf.utils.is_bitsandbytes_available():
@@ -137,15 +136,26 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: hf.PreTrain
     return folder
 
 
+def same_tokenizer(ours: Any, expected: Any) -> bool:
+    def told(tokenizer: Any) -> tuple[Any, ...]:
+        backend = tokenizer.backend_tokenizer.to_str()
+        return backend, tokenizer.special_tokens_map, tokenizer.chat_template, tokenizer.model_max_length
+
+    return told(ours) == told(expected)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("run", ["lora", "full"])
 def test_a_run_exported_and_loaded(run: str, shared: Path, tmp_path: Path) -> None:
-    model, tokenizer = lp_train.load(str(shared / run), dtype="float32")
+    model, _ = lp_train.load(str(shared / run), dtype="float32")
+    tokenizer = hf.AutoTokenizer.from_pretrained(shared / "model")
+    generation = hf.GenerationConfig.from_pretrained(shared / "model")
     for form, depth in (("fused", 4), ("paired", 6)):
         export.export(shared / run, tmp_path / form, form)
         loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / form)
         assert loaded.config.num_hidden_layers == depth
-        assert loaded.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
+        assert loaded.generation_config.to_dict() == generation.to_dict()
+        assert same_tokenizer(hf.AutoTokenizer.from_pretrained(tmp_path / form), tokenizer)
         assert error(loaded(IDS).logits, model(IDS).logits) < 1e-5
         original = json.loads((tmp_path / form / "original_config.json").read_text())
         assert (original["model_type"], original["num_hidden_layers"]) == ("llama", 6)
@@ -200,53 +210,14 @@ def test_bitsandbytes_quantises_wide_layers(tmp_path: Path, tiny_tokenizer: hf.P
     exact = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "fused")
     four = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "fused", quantization_config=four)
-    packed, weight = (m.model.layers[2].mlp.up_proj.weight for m in (loaded, exact))
-    restored = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
-    assert restored.shape == weight.shape == (128, 64)
-    assert error(restored, weight) < 0.2  # half of nf4's largest step
-    assert loaded(IDS).logits.isfinite().all()
-
-
-# --- without lp_train ------------------------------------------------------------------------------------------------
-
-LOAD = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code={trust})
-assert not any(name.startswith("lp_train") for name in sys.modules)
-torch.save(model(torch.arange(5, 45)[None]).logits, sys.argv[2])
-model.save_pretrained(sys.argv[2] + "-saved")
-"""
-
-
-def run_alone(shared: Path, tmp_path: Path, trust: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    arguments = [sys.executable, "-c", LOAD.format(trust=trust), str(shared / "fused"), str(tmp_path / "logits")]
-    return subprocess.run(
-        arguments, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
-
-
-@torch.no_grad()
-def test_it_loads_through_its_own_file_without_lp_train(shared: Path, tmp_path: Path) -> None:
-    done = run_alone(shared, tmp_path, "True")
-    assert done.returncode == 0, done.stderr
-    expected = lp_train.load(str(shared / "lora"), dtype="float32")[0](IDS).logits
-    assert error(torch.load(tmp_path / "logits"), expected) < 1e-5
-    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "logits-saved")
-    assert error(again(IDS).logits, expected) < 1e-5
-
-
-@pytest.mark.parametrize("trust", ["None", "False"])
-def test_without_lp_train_and_without_trust_it_does_not_load(trust: str, shared: Path, tmp_path: Path) -> None:
-    done = run_alone(shared, tmp_path, trust)
-    assert done.returncode != 0 and not (tmp_path / "logits").exists()
-    assert "trust_remote_code" in done.stderr
-
-
-def test_a_plain_class_of_the_family_refuses_the_checkpoint_or_its_weights(shared: Path) -> None:
-    with pytest.raises(Exception, match="is a per-layer attribute"):
-        hf.LlamaForCausalLM.from_pretrained(shared / "fused")
+    packed = {name: m.weight for name, m in loaded.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert len(packed) == 7 * 4
+    for name, weight in packed.items():
+        plain = exact.get_submodule(name).weight
+        restored = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert restored.shape == plain.shape and not torch.equal(restored, plain)
+        plain.data = restored
+    assert error(loaded(IDS).logits, exact(IDS).logits) < 1e-3
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -255,42 +226,116 @@ def test_a_plain_class_of_the_family_refuses_the_checkpoint_or_its_weights(share
 def one_line(arguments: list[Path | str], capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
     assert export.main([str(argument) for argument in arguments]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "Loading weights" not in line]
+    bars = ("Loading weights", "Writing model shards")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith(bars)]
     assert len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
+
+
+def restamped(run: Path, copy: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a run whose adapter says something else of itself."""
+    shutil.copytree(run, copy)
+    file = copy / "adapter" / "adapter_config.json"
+    adapter = json.loads(file.read_text())
+    change(adapter["auto_mapping"]["layer_parallel"])
+    file.write_text(json.dumps(adapter))
+    return copy
 
 
 def test_mistakes_are_one_line_and_leave_nothing(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, out = shared / "lora", tmp_path / "out"
-    unfinished, other = tmp_path / "unfinished", tmp_path / "other"
+    unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "resolved_config.yaml").write_text("")
-    shutil.copytree(run, other)
-    file = other / "adapter" / "adapter_config.json"
-    adapter = json.loads(file.read_text())
-    adapter["auto_mapping"]["layer_parallel"]["base"]["fingerprint"] = "0" * 16
-    file.write_text(json.dumps(adapter))
+    other = restamped(run, tmp_path / "other", lambda record: record["base"].update(fingerprint="0" * 16))
+    par = restamped(run, tmp_path / "par", lambda record: record.update(algebra="par"))
     assert "has not finished" in one_line([unfinished, out], capsys)
     assert "made for base" in one_line([other, out], capsys)
     assert "no such folder" in one_line([tmp_path / "nothing", out], capsys)
     assert "was not written by lp_train" in one_line([shared / "model", out], capsys)
     assert "exists already" in one_line([run, shared], capsys)
+    assert "2+3: algebra par: each feed-forward block" in (said := one_line([par, out], capsys))
+    assert said.endswith("use --form paired")
     assert "only the form sequential" in one_line([run, out, "--merge"], capsys)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
-    assert "0.0 GB are free there" in one_line([run, out], capsys)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "unfinished"]
+    for form in ("fused", "paired", "sequential"):
+        assert "0.0 GB are free there" in one_line([run, out, "--form", form], capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "par", "unfinished"]
 
 
+def test_a_family_without_wide_layers_is_refused_by_the_command(
+    tiny_tokenizer: hf.PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    CASES["olmo2"].model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    config = ModelConfig(str(tmp_path / "base"), dtype="float32")
+    model = get_peft_model(
+        pair_layers(models.load_base(config), PAIRS), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    )
+    models.stamp(model, config)
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer.save_pretrained(tmp_path / "adapter")
+    said = one_line([tmp_path / "adapter", tmp_path / "out"], capsys)
+    assert "0+1: norms after a block; 3+4: norms after a block; use --form paired" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("form", ["fused", "paired", "sequential"])
 def test_an_export_that_breaks_off_leaves_nothing(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(export, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        export.export(shared / "lora", tmp_path / "out")
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    assert "No space left on device" in one_line([shared / "lora", tmp_path / "out", "--form", form], capsys)
     assert not list(tmp_path.iterdir())
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """What export.py calls of ``HfApi``; without room it refuses the files."""
+
+    def __init__(self, room: bool = True) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.room = room
+
+    def create_repo(self, repository: str, exist_ok: bool) -> None:
+        self.calls.append(("create", repository, exist_ok))
+
+    def upload_folder(self, repo_id: str, folder_path: Path) -> str:
+        self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+        if not self.room:
+            raise OSError("403 Forbidden\nno rights here")
+        return f"https://hub/{repo_id}"
+
+
+def test_push_uploads_the_exported_folder(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub, out = Hub(), tmp_path / "out"
+    monkeypatch.setattr(export, "HfApi", lambda: hub)
+    assert export.main([str(shared / "lora"), str(out), "--form", "adapter", "--push", "me/it"]) == 0
+    assert capsys.readouterr().out.endswith(f"written: {out}\nuploaded: https://hub/me/it\n")
+    files = sorted(path.name for path in out.iterdir())
+    assert "adapter_model.safetensors" in files
+    assert hub.calls == [("create", "me/it", True), ("upload", "me/it", files)]
+
+
+@pytest.mark.parametrize("reached", [True, False], ids=["refused by the hub", "offline"])
+def test_a_push_that_fails_is_one_line_and_keeps_the_folder(
+    reached: bool, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    if reached:
+        monkeypatch.setattr(export, "HfApi", lambda: Hub(room=False))
+    said = one_line([shared / "lora", out, "--form", "adapter", "--push", "me/it"], capsys)
+    assert said.startswith("error: --push 'me/it': " + ("403 Forbidden; " if reached else ""))
+    assert said.endswith(f"{out} is complete: `hf upload me/it {out}`")
+    assert (out / "adapter_model.safetensors").exists()
