@@ -79,6 +79,10 @@ def test_the_fused_form(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (name != "llama-tied")
 
 
+def dtypes(folder: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["fused", "paired"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -86,7 +90,7 @@ def test_a_model_in_bf16(name: str, form: str, tmp_path: Path) -> None:
     model = pair_layers(FUSED[name].model().bfloat16(), PAIRS)
     export._write_layers(model, tmp_path, form, export.SHARD, print)
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert {p.dtype for p in loaded.parameters()} == {loaded.config.dtype} == {torch.bfloat16}
+    assert dtypes(tmp_path) == {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert distance(loaded(random_ids()).logits, model(random_ids()).logits) < APART[name]
 
 
@@ -136,6 +140,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: hf.PreTrain
     return folder
 
 
+def restamped(run: Path, copy: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a run whose adapter says something else of itself."""
+    shutil.copytree(run, copy)
+    file = copy / "adapter" / "adapter_config.json"
+    adapter = json.loads(file.read_text())
+    change(adapter["auto_mapping"]["layer_parallel"])
+    file.write_text(json.dumps(adapter))
+    return copy
+
+
 def same_tokenizer(ours: Any, expected: Any) -> bool:
     def told(tokenizer: Any) -> tuple[Any, ...]:
         backend = tokenizer.backend_tokenizer.to_str()
@@ -161,6 +175,17 @@ def test_a_run_exported_and_loaded(run: str, shared: Path, tmp_path: Path) -> No
         assert (original["model_type"], original["num_hidden_layers"]) == ("llama", 6)
         card = (tmp_path / form / "README.md").read_text()
         assert "2+3, 4+5" in card and "trust_remote_code=True" in card and "| recovered" in card
+
+
+@torch.no_grad()
+def test_a_run_in_bf16(shared: Path, tmp_path: Path) -> None:
+    run = restamped(shared / "lora", tmp_path / "run", lambda record: record["base"].update(dtype="bfloat16"))
+    model, _ = lp_train.load(str(run), dtype="bfloat16")
+    for form in ("fused", "paired"):
+        export.export(run, tmp_path / form, form)
+        loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / form)
+        assert dtypes(tmp_path / form) == {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+        assert distance(loaded(IDS).logits, model(IDS).logits) < APART["llama"]
 
 
 @torch.no_grad()
@@ -232,16 +257,6 @@ def one_line(arguments: list[Path | str], capsys: pytest.CaptureFixture[str]) ->
     return lines[0]
 
 
-def restamped(run: Path, copy: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-    """A copy of a run whose adapter says something else of itself."""
-    shutil.copytree(run, copy)
-    file = copy / "adapter" / "adapter_config.json"
-    adapter = json.loads(file.read_text())
-    change(adapter["auto_mapping"]["layer_parallel"])
-    file.write_text(json.dumps(adapter))
-    return copy
-
-
 def test_mistakes_are_one_line_and_leave_nothing(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,7 +307,8 @@ def test_an_export_that_breaks_off_leaves_nothing(
 
     monkeypatch.setattr(export, "save_file", full)
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    assert "No space left on device" in one_line([shared / "lora", tmp_path / "out", "--form", form], capsys)
+    said = one_line([shared / "lora", tmp_path / "out", "--form", form], capsys)
+    assert "out: cannot be written ([Errno 28] No space left on device); nothing of it was left" in said
     assert not list(tmp_path.iterdir())
 
 
