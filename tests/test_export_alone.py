@@ -33,7 +33,7 @@ for trust in (None, False, True):  # code that was trusted once is known from th
         torch.save(model(torch.arange(5, 45)[None]).logits, f"{folder}.pt")
         model.save_pretrained(f"{folder} again")
 assert not any(name.startswith("lp_train") for name in sys.modules)
-print(json.dumps(found))
+json.dump(found, open("found.json", "w"))  # on standard output Transformers asks whether it may trust
 """
 
 
@@ -59,7 +59,7 @@ def alone(folder: Path) -> dict[str, str]:
         arguments, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads((folder / "found.json").read_text())
 
 
 @torch.no_grad()
