@@ -39,6 +39,13 @@ def test_difference_and_error_are_those_of_the_paired_differences(values: list[t
     assert found.p_value == mcnemar(original, other)
 
 
+@pytest.mark.parametrize(("won", "lost", "p"), [(1, 9, 22 / 1024), (9, 1, 22 / 1024), (5, 5, 1.0), (0, 5, 2 / 32)])
+def test_mcnemar_by_hand(won: int, lost: int, p: float) -> None:
+    original = np.r_[np.zeros(won), np.ones(lost), np.zeros(20), np.ones(30)]
+    other = np.r_[np.ones(won), np.zeros(lost), np.zeros(20), np.ones(30)]
+    assert mcnemar(original, other) == pytest.approx(p, rel=1e-12)
+
+
 def test_many_items_do_not_overflow() -> None:
     original = np.tile([0.0, 1.0, 1.0], 30_000)
     other = np.tile([1.0, 0.0, 1.0], 30_000)
@@ -46,16 +53,47 @@ def test_many_items_do_not_overflow() -> None:
     assert mcnemar(original, np.zeros(90_000)) < 1e-100
 
 
+def plain_interval(original: np.ndarray, seeds: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Items and seeds drawn with replacement, one draw after the other."""
+    rng, (number, items), drawn = np.random.default_rng(1), seeds.shape, []
+    for _ in range(4000):
+        i, s = rng.integers(items, size=items), rng.integers(number, size=number)
+        drawn.append((seeds[s][:, i].mean(0) - original[i]).sum() / weights[i].sum())
+    return np.quantile(drawn, [0.025, 0.975])
+
+
 def test_interval_is_that_of_a_plain_bootstrap() -> None:
     rng = np.random.default_rng(1)
     original, noise = rng.normal(size=(2, 300))
     other = original + 0.3 * noise + 0.1
     found = compare(original, other)
-    plain = [np.mean((other - original)[rng.integers(300, size=300)]) for _ in range(4000)]
-    assert found.interval == pytest.approx(np.quantile(plain, [0.025, 0.975]), abs=0.006)
+    assert found.interval == pytest.approx(plain_interval(original, other[None], np.ones(300)), abs=0.006)
     assert found.p_value is None and found.differs
     assert found.interval == compare(original, other).interval  # seeded
     assert found.interval != compare(original, other, seed=1).interval
+
+
+def test_interval_of_right_or_wrong_items_which_are_drawn_by_their_kind() -> None:
+    rng = np.random.default_rng(2)
+    original = (rng.random(400) < 0.7).astype(float)
+    other = np.where(rng.random(400) < 0.8, original, 1 - original)
+    found = compare(original, other)
+    assert found.interval == pytest.approx(plain_interval(original, other[None], np.ones(400)), abs=0.006)
+
+
+def test_interval_with_weights() -> None:
+    rng = np.random.default_rng(3)
+    words = rng.integers(1, 30, 200).astype(float)
+    original = words * rng.normal(2.0, 0.3, 200)
+    other = original + words * rng.normal(1.0, 0.2, 200)
+    found = compare(original, other, words, chance=None)
+    assert found.interval == pytest.approx(plain_interval(original, other[None], words), abs=0.006)
+
+
+def test_an_interval_without_zero_is_not_enough_for_right_or_wrong_items() -> None:
+    original = np.ones(100)
+    found = compare(original, np.r_[np.zeros(5), np.ones(95)])
+    assert found.interval[1] < 0 and found.p_value == pytest.approx(2 / 32) and not found.differs
 
 
 def test_weights_make_it_a_ratio() -> None:
@@ -78,8 +116,7 @@ def test_pooled_seeds_add_their_own_error() -> None:
     over_items = scipy.stats.sem(seeds.mean(0) - original)
     over_seeds = scipy.stats.sem(seeds.mean(1))
     assert found.standard_error == pytest.approx(math.hypot(over_items, over_seeds))
-    width = found.interval[1] - found.interval[0]
-    assert width > compare(original, np.stack([seeds.mean(0)])).interval[1] - found.difference
+    assert found.interval == pytest.approx(plain_interval(original, seeds, np.ones(400)), abs=0.006)
 
 
 def test_equal_models_do_not_differ() -> None:
