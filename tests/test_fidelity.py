@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -201,15 +202,20 @@ def test_batches_are_shared_out_evenly(count: int, size: int, world: int) -> Non
     assert counted == list(range(count))
 
 
+def random_states() -> tuple[Any, ...]:
+    """Of Python, NumPy and PyTorch."""
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_random_state_and_weights_come_back(model: nn.Module, rows: Dataset, training: bool) -> None:
     model.train(training)
     model.get_base_model().model.layers[1].eval()  # as someone may want it
     modes = [module.training for module in model.modules()]
-    before, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
+    before, states = [p.clone() for p in model.parameters()], random_states()
     measure(model, rows, COLLATE, 4, VARIANTS)
     assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
+    assert random_states() == states
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(p.grad is None for p in model.parameters())
 

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from run_evaluation.tasks import chance, fewshot_source, group_shares
 OWN = Path(lm_eval.tasks.__file__).parent
 ROOT = Path(__file__).parents[1]
 LIKELIHOODS = ["hellaswag_local", "piqa_local", "winogrande_local", "lambada_local", "blimp_local", "mmlu_local"]
+WITHOUT_EXAMPLES = ("blimp_local", "wikitext_local")
 VARIANTS: dict[str, Variant] = {"sequential": sequential, "paired": adapters_off}
 
 
@@ -135,12 +135,13 @@ def test_prompts_and_answers_are_those_of_lm_evals_own_task(name: str, files: Pa
     assert {m: built.task.aggregation()[m] for m in own.aggregation()} == own.aggregation()
 
 
-@pytest.mark.parametrize("name", ["arc_easy_local", "gsm8k_local", "winogrande_local"])
+@pytest.mark.parametrize("name", sorted(OWN_TASKS.keys() - {"mmlu_local", "mmlu_cloze_local", *WITHOUT_EXAMPLES}))
 def test_few_shot_examples_are_other_items_of_the_same_file(name: str, files: Path) -> None:
     built = suite_of(files, name, num_fewshot=3).tasks[name]
-    texts = [str(doc.get("query") or doc.get("question") or doc["continuation"]) for doc in built.docs]
+    (column,) = {"query", "question", "continuation", "text"} & built.docs[0].keys()
+    texts = [doc[column] for doc in built.docs]
     for i, of_item in enumerate(built.instances):
-        context = of_item[0].args[0]
+        context = of_item[0].args[0].replace("  ", " ")  # lm-eval's lambada has two spaces before an example's answer
         parts = context.split("\n\n")
         assert len(parts) == 4
         shots = [next(t for t in texts if t in part) for part in parts[:3]]
@@ -149,12 +150,13 @@ def test_few_shot_examples_are_other_items_of_the_same_file(name: str, files: Pa
     assert built.task.config.num_fewshot == 3
 
 
-def test_mmlu_takes_the_first_development_items_of_its_subject(files: Path) -> None:
-    built = suite_of(files, "mmlu_local", num_fewshot=2).tasks["mmlu_local"]
+@pytest.mark.parametrize("name", ["mmlu_local", "mmlu_cloze_local"])
+def test_mmlu_takes_the_first_development_items_of_its_subject(name: str, files: Path) -> None:
+    built = suite_of(files, name, num_fewshot=2).tasks[name]
     for doc, of_item in zip(built.docs, built.instances, strict=True):
         head, *shots, last = of_item[0].args[0].split("\n\n")
         assert head.endswith(f"about {doc['subject']}.")
-        asked = doc["subject"].replace(" ", "_")
+        asked = ("Question: " if "cloze" in name else "") + doc["subject"].replace(" ", "_")
         assert all(shot.startswith(f"{asked} dev") for shot in shots) and len(shots) == 2
         assert last.startswith(f"{asked} test")
     assert fewshot_source(built) == "development items of the item's subject"
@@ -235,8 +237,10 @@ def test_generated_answers_are_those_of_plain_hflm(
     plain = HFLM(pretrained=tiny_llama, tokenizer=tiny_tokenizer, batch_size=1)
     expected = plain_answers(plain, suite, "gsm8k_local")
     pair_layers(tiny_llama, "2:6")
+    expected_paired = plain_answers(plain, suite, "gsm8k_local")
     found = answers(suite, tiny_llama, tiny_tokenizer, batch_size=4)
     assert flat(found["sequential"]["gsm8k_local"]) == expected
+    assert flat(found["paired"]["gsm8k_local"]) == expected_paired != expected
     metrics = found["sequential"]["gsm8k_local"].metrics
     assert metrics.keys() == {"exact_match,strict-match", "exact_match,flexible-extract"}
     assert all(len(values) == len(expected) for values in metrics.values())
@@ -246,17 +250,6 @@ def test_bytes_of_a_cached_token(tiny_llama: LlamaForCausalLM) -> None:
     cache = tiny_llama(torch.ones(1, 5, dtype=torch.int64), use_cache=True).past_key_values
     expected = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values)) / 5
     assert harness.cache_bytes_per_token(tiny_llama) == expected
-
-
-def test_nothing_else_of_the_model_changes(
-    files: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    pair_layers(tiny_llama, "2:6").train()
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    answers(suite_of(files, "piqa_local", "gsm8k_local", task_limit=2, num_fewshot=0), tiny_llama, tiny_tokenizer)
-    assert tiny_llama.training and all(module.training for module in tiny_llama.modules())
-    assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[1]
-    assert torch.equal(torch.get_rng_state(), before[2])
 
 
 class _Counts:
@@ -291,37 +284,63 @@ import json, sys, torch
 from accelerate import PartialState
 from lp_train import models
 from lp_train.config import EvaluateConfig, ModelConfig
+from lp_train.evaluation.harness import HFLM, HarnessModel
 from lp_train.evaluation.tasks import load_suite
 from lp_train.pairing import adapters_off, pair_layers, sequential
 model_folder, files, target = sys.argv[1:]
 state = PartialState(cpu=True)
+HFLM.max_gen_toks = 24
 config = ModelConfig(model_folder, dtype="float32")
 suite = load_suite(EvaluateConfig(tasks=["seven", "wikitext_local", "gsm8k_local"], task_data=files, num_fewshot=1))
 model = pair_layers(models.load_base(config), "2:6")
 variants = {"sequential": sequential, "paired": adapters_off}
-found, _ = suite.run(model, models.load_tokenizer(config), variants, torch.float32, state, 4)
+tokenizer = models.load_tokenizer(config)
+found, _ = suite.run(model, tokenizer, variants, torch.float32, state, 4)
 result = {m: {t: [i.responses, i.metrics] for t, i in of_model.items()} for m, of_model in found.items()}
-result["world"] = state.num_processes
+HarnessModel._rows_with_room = lambda self, tokens: 4 - state.process_index
+requests = [request for of_item in suite.tasks["gsm8k_local"].instances for request in of_item]
+lm = HarnessModel(model, tokenizer, {"it": sequential}, torch.float32, state)
+result |= {"world": state.num_processes, "unequal_room": lm.generate_until(requests)["it"]}
 open(f"{target}{state.process_index}", "w").write(json.dumps(result, default=float))
 state.wait_for_everyone()
 state.destroy_process_group()
 """
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_results_of_one(
-    tmp_path: Path, files: Path, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    model = save_model(tmp_path / "model", tiny_tokenizer)
-    (tmp_path / "two.py").write_text(TWO)
+@pytest.fixture(scope="module")
+def worlds(
+    tmp_path_factory: pytest.TempPathFactory, files: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> dict[int, list[dict[str, Any]]]:
+    """What each rank of a world of one and of two has found."""
+    place = tmp_path_factory.mktemp("worlds")
+    model = save_model(place / "model", tiny_tokenizer)
+    (place / "two.py").write_text(TWO)
     found = {}
     for world in (1, 2):
-        command = [str(tmp_path / "two.py"), str(model), str(files), str(tmp_path / f"world{world}-")]
-        codes, output = ends(start(command, world))
+        codes, output = ends(start([str(place / "two.py"), str(model), str(files), f"{place}/{world}-"], world))
         assert codes == [0] * world, output
-        found[world] = [json.loads((tmp_path / f"world{world}-{rank}").read_text()) for rank in range(world)]
+        found[world] = [json.loads((place / f"{world}-{rank}").read_text()) for rank in range(world)]
         assert all(result.pop("world") == world for result in found[world])
-    assert found[2] == [found[1][0], found[1][0]]
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(worlds: dict[int, list[dict[str, Any]]]) -> None:
+    (alone,), *two = worlds[1], *worlds[2]
+    for found in two:
+        assert {name: found[name] for name in VARIANTS} == {name: alone[name] for name in VARIANTS}
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    strict=True,
+    reason="HarnessModel.generate_until shares batches out by each rank's own free memory: ranks that differ in it "
+    "answer some items twice and others not at all",
+)
+def test_ranks_with_unequal_free_memory_answer_each_item_once(worlds: dict[int, list[dict[str, Any]]]) -> None:
+    (alone,), *two = worlds[1], *worlds[2]
+    assert len(alone["unequal_room"]) == 6
+    assert [found["unequal_room"] for found in two] == [alone["unequal_room"]] * 2
 
 
 @pytest.mark.parametrize("task", ["piqa_local", "gsm8k_local"])
