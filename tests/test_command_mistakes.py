@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny_run
 from mistake_files import Place
 from test_bad_inputs import place, shared
 
@@ -16,6 +17,7 @@ from lp_train.errors import UserError
 __all__ = ["place", "shared"]
 
 CONFIG, RUN = "{shared}/config.yaml", "{shared}/run"
+TASK, BAD_FILES = f"evaluate {CONFIG} {RUN} evaluate.tasks", "evaluate.task_data={shared}/files"
 SMALL = "bench infer --shape smollm2-135m --layers 4 --vocab 64 --batches 1 --contexts 8"
 MISTAKES = {
     "finetun": r"'finetun': no such command; did you mean finetune\?",
@@ -45,6 +47,10 @@ MISTAKES = {
     f"evaluate {CONFIG} {RUN} evaluate.tasks=[piqa_local] evaluate.task_data={{own}}/none": r"/none': no such folder;",
     f"evaluate {CONFIG} {RUN} evaluate.task_limit=0": r"evaluate\.task_limit 0: must be at least 1",
     f"evaluate {CONFIG} {RUN} --pool": r"--pool: the mean of several runs needs a folder; add --output FOLDER",
+    f"{TASK}=[piqa_local] evaluate.task_data={{shared}}/model": r"/model': no piqa\.jsonl in it; add the file or leave",
+    f"{TASK}=[arc_easy_local] {BAD_FILES}": r"arc_easy\.jsonl, item 1: gold 2 is out of range; there are 2 choices",
+    f"{TASK}=[lambada_local] {BAD_FILES}": r"lambada\.jsonl: the file is empty; ",
+    f"{TASK}=[hellaswag_local] {BAD_FILES}": r"hellaswag_local: an item has [\d,]+ tokens .*, the model takes 512;",
     # export
     "export {own}/none {own}/out": r"/none': there is no such folder; give a run folder",
     "export {shared}/model {own}/out": r"/model: nothing in it says which layers were paired; it was not written by",
@@ -74,6 +80,16 @@ REFUSED_BY_ITS_PARSER = {  # argparse's own: usage, and one line that names the 
     "bench infer --shape smollm2-135m --modes fast": r"--modes: 'fast' is unknown; use some of eager",
     "bench loss --rows 0": r"--rows: 0: must be at least 1",
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bad_files(shared: Path) -> None:
+    """Of tasks: a gold out of range, no item, and one that is longer than the model's context."""
+    item = {"query": "A list", "choices": ["one", "two"], "gold": 2}
+    (shared / "files").mkdir()
+    tiny_run.write_lines(shared / "files" / "arc_easy.jsonl", [item])
+    tiny_run.write_lines(shared / "files" / "lambada.jsonl", [])
+    tiny_run.write_lines(shared / "files" / "hellaswag.jsonl", [{**item, "query": "A list " * 300, "gold": 0}])
 
 
 def arguments(command: str, place: Place) -> list[str]:

@@ -13,7 +13,8 @@ from eval_files import write_eval_files
 from transformers import PreTrainedTokenizerFast
 
 import evaluate_run
-from lp_train import finetune
+from lp_train import finetune, models
+from lp_train.config import ModelConfig
 from run_evaluation.statistics import compare
 
 TASKS = "evaluate.tasks=[piqa_local, arc_easy_local, lambada_local, wikitext_local]"
@@ -44,6 +45,19 @@ def run(place: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return printed.err if code else printed.out
 
     return run
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which weights were loaded."""
+    loads, load = [], models.load_base
+
+    def spy(config: ModelConfig, *arguments: Any) -> Any:
+        loads.append(Path(config.name_or_path).name)
+        return load(config, *arguments)
+
+    monkeypatch.setattr(models, "load_base", spy)
+    return loads
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -100,8 +114,9 @@ def test_runs_side_by_side_are_those_alone(place: Path, run: Callable[..., str])
     assert alone["full"]["fidelity"]["recovered"] == pytest.approx(report["recovered"], abs=1e-5)
 
 
-def test_seeds_are_pooled(place: Path, run: Callable[..., str]) -> None:
+def test_seeds_are_pooled(place: Path, run: Callable[..., str], loads: list[str]) -> None:
     run("seed0", "seed1", TASKS, "--pool", "--output", str(place / "both"))
+    assert loads == ["model"]  # the original, its pairs and what all runs made of them
     pooled, runs = result(place / "both"), [result(place / name) for name in ("seed0", "seed1")]
     assert pooled["seeds"] == 2
     for task in ("piqa_local", "wikitext_local"):

@@ -1,9 +1,12 @@
 """The report's pages: self-contained, complete where everything was measured, silent where it was not."""
 
+import html
 import json
 import re
+import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import evaluate_run
 import report as report_command
 from lp_train import finetune, track
-from lp_train.config import TrackConfig
+from lp_train.config import TrackConfig, load_config
 from lp_train.evaluation import page
 from lp_train.evaluation import report as reports
 from lp_train.evaluation.page import Table, literal
@@ -26,6 +29,7 @@ from run_evaluation.pages import add_to_wandb
 from run_evaluation.statistics import compare
 from run_evaluation.tables import compared_fidelity, task_table
 
+ROOT = Path(__file__).parents[1]
 TEXT = ["By position in the document", "Drift by layer"]
 REST = ["Memory and speed", "Environment", "To reproduce"]
 
@@ -33,20 +37,22 @@ REST = ["Memory and speed", "Environment", "To reproduce"]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
     """``plain`` only trained; ``deep`` and ``flat`` measured too, on long documents and tasks."""
-    place = tmp_path_factory.mktemp("report")
+    place = tmp_path_factory.mktemp("a report")  # a path that a command must quote
     model = tiny_run.save_model(place / "model", tiny_tokenizer)
     config = tiny_run.write_config(place / "tiny.yaml", model, tiny_run.write_text(place / "text.jsonl"))
     files = write_eval_files(place / "files", items=12)
     long = [{"text": f"{i} " + "The sea and the story of a parser. " * 12} for i in range(6)]
     options = [f"data.eval={tiny_run.write_lines(place / 'long.jsonl', long)}", "train.max_length=128"]
-    options += ["train.max_steps=2", f"evaluate.task_data={files}", "evaluate.generation_prompts=3"]
+    options += ["evaluate.tasks=[seven, wikitext_local, mmlu_local]", "train.max_steps=2"]
+    options += [f"evaluate.task_data={files}", "evaluate.generation_prompts=3"]
     found = {}
     for name, pairs in {"plain": "2:6", "deep": "2:4", "flat": "0:6"}.items():
         found[name] = place / name
-        given = [f"train.output_dir={found[name]}", f"plan.pairs={pairs}", "evaluate.tasks=[seven, wikitext_local]"]
+        given = [f"train.output_dir={found[name]}", f"plan.pairs={pairs}"]
         assert finetune.main([str(config), *given, *options]) == 0
         if name != "plain":
-            assert evaluate_run.main([f"{found[name]}/resolved_config.yaml", str(found[name])]) == 0
+            measured = [f"{found[name]}/resolved_config.yaml", str(found[name]), "evaluate.num_fewshot=2"]
+            assert evaluate_run.main([*measured, "evaluate.task_limit=10"]) == 0
     return found
 
 
@@ -68,6 +74,31 @@ def test_the_page_needs_no_other_file_and_holds_what_the_markdown_holds(runs: di
     assert text.count("data:image/png") == markdown.count("](plots/") == 4 and "╭" in text
     kl = json.loads((runs["deep"] / "evaluation.json").read_text())["fidelity"]["paired"]["kl"]
     assert f"{kl:.4f}" in text and f"{kl:.4f}" in markdown
+
+
+def test_the_page_says_where_examples_come_from(runs: dict[str, Path]) -> None:
+    with_examples = "hellaswag, arc_easy, arc_challenge, piqa, openbookqa, lambada"
+    for page_of_run in ("report.md", "report.html"):
+        text = (runs["deep"] / page_of_run).read_text()
+        assert f"Examples of {with_examples}: the evaluated file, without the item itself." in text
+        assert "Examples of mmlu: development items of the item's subject." in html.unescape(text)
+
+
+def test_the_commands_to_reproduce_are_understood(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the program and by the configuration; what an evaluation's command line had set is set again."""
+    monkeypatch.chdir(ROOT)
+    text, again = (runs["deep"] / "report.md").read_text(), f"{runs['deep']}-again"
+    block = re.search(r"## To reproduce\n\n```bash\n(.*?)\n```\n", text, re.DOTALL)
+    train, measure, page_again = (shlex.split(line) for line in block[1].splitlines())
+    assert train[:3] == ["accelerate", "launch", "lp_train/finetune.py"] and train[4] == f"train.output_dir={again}"
+    assert finetune.main([*train[3:], "--dry-run"]) == 0 and "effective depth" in capsys.readouterr().out
+    assert measure[:2] == ["python", "scripts/evaluate_run.py"] and measure[3] == again
+    evaluation = json.loads((runs["deep"] / "evaluation.json").read_text())
+    assert asdict(load_config(measure[2], measure[4:]).evaluate) == evaluation["evaluate"]
+    assert page_again == ["python", "scripts/report.py", again]
+    assert all(Path(program).exists() for program in (train[2], measure[1], page_again[1]))
 
 
 def test_a_report_made_again_is_the_same(runs: dict[str, Path], drawn: None) -> None:
