@@ -12,7 +12,8 @@ import torch
 from accelerate import PartialState
 from bench_cases import Configure, configure
 from engine_worker import cases, run
-from launched import ENGINES, Program, ends, losses, start_engine, weights
+from eval_files import write_eval_files
+from launched import ENGINES, Program, ends, logged, losses, start_engine, weights
 from safetensors.torch import load_file
 from test_two_processes import assert_same_figures
 from tiny_run import save_model
@@ -117,10 +118,12 @@ def test_a_pair_cut_into_two_units_fails(model: Path, tmp_path: Path) -> None:
 def test_the_program_under_an_engine_is_that_of_one_process(
     name: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Training, evaluation, generation, the best checkpoint, the control, and what is saved."""
+    """Training, evaluation, generation, tasks, the best checkpoint, the control, and what is saved."""
     options: tuple[str, ...] = ("train.max_steps=2", "train.save_steps=2", "loss.ce=0.25")
     options += ("train.per_device_train_batch_size=1",)
     options += ("train.load_best_model_at_end=true", "evaluate.prompt=A list", "evaluate.max_new_tokens=4")
+    options += ("evaluate.tasks=[piqa_local, lambada_local, wikitext_local]", "train.task_steps=2")
+    options += (f"evaluate.task_data={write_eval_files(tmp_path / 'files')}", "evaluate.task_batch_size=4")
     program = Program(tmp_path, tiny_tokenizer, *options, "evaluate.tokens=256")
     expected = program.run("one")
     arguments = (str(program.config), *program.options)
@@ -132,6 +135,11 @@ def test_the_program_under_an_engine_is_that_of_one_process(
         assert_same_figures(ours[figures], theirs[figures])
     assert ours["cost"] == theirs["cost"] and ours["sample"] == theirs["sample"]
     assert ours["environment"]["engine"] == name and theirs["environment"]["engine"] == "NO"
+    for model, figures in theirs["tasks_at_start"].items():
+        assert len(figures) == 3 and ours["tasks_at_start"][model] == pytest.approx(figures, rel=1e-4)
+    for task in theirs["tasks_at_start"]["paired"]:
+        (at_the_end,) = logged(expected, f"eval_{task}")
+        assert logged(tmp_path / "two", f"eval_{task}") == [pytest.approx(at_the_end, rel=1e-4)]
 
 
 @pytest.mark.slow
