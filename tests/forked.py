@@ -108,6 +108,7 @@ def _become(command: list[str], environment: dict[str, str], folder: str) -> Non
 
 def _main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
+    import lp_train.evaluation.tasks  # and lm-eval with it
     import lp_train.finetune  # noqa: F401
 
     threads = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
