@@ -11,10 +11,11 @@ import pytest
 import tiny_run
 import torch
 import transformers as hf
+from closeness import distance, error
 from family_cases import CASES, PAIRS, VOCAB, WINDOW, Case
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_fuse import APART, FUSED, distance
+from test_fuse import APART, FUSED
 from test_pairs_run import saved_bytes_and_gradients
 from tiny_run import write_text
 from torch import Tensor, nn
@@ -29,10 +30,6 @@ from lp_train.pairing.fuse import fuse
 
 IDS = torch.arange(5, 45)[None]
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-
-
-def error(ours: Tensor, expected: Tensor) -> float:
-    return ((ours - expected).abs().max() / expected.abs().max()).item()
 
 
 def random_ids(tokens: int = 3 * WINDOW + 1) -> Tensor:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import transformers as hf
+from closeness import error
 from family_cases import CASES
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_export import error, random_ids, written
+from test_export import random_ids, written
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

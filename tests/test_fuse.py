@@ -13,6 +13,7 @@ import pytest
 import reference
 import torch
 import transformers as hf
+from closeness import distance, error, weaken
 from family_cases import CASES, PAIRS, THETA, VOCAB, WINDOW, Case
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_pairs_run import saved_bytes_and_gradients
@@ -44,14 +45,6 @@ LENGTHS = (WINDOW - 1, 3 * WINDOW + 1)
 
 def ids(tokens: int = 13, rows: int = 2) -> Tensor:
     return torch.randint(1, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(1))
-
-
-def error(ours: Tensor, expected: Tensor) -> float:
-    return ((ours.double() - expected.double()).abs().max() / expected.abs().max()).item()
-
-
-def distance(ours: Tensor, expected: Tensor) -> float:
-    return ((ours.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def paired(name: str = "llama", pairs: Any = PAIRS, **options: Any) -> nn.Module:
@@ -235,10 +228,7 @@ def test_the_draft_of_its_own_original_gives_exactly_the_original_s_greedy_token
 ) -> None:
     """Pairs change almost nothing where their second layer adds almost nothing: such a draft must spare forwards."""
     original, x, forwards = FUSED["llama"].model(), ids(9, 1), []
-    for _, second in PAIRS:
-        layer = original.model.layers[second]
-        layer.self_attn.o_proj.weight.data *= scale
-        layer.mlp.down_proj.weight.data *= scale
+    weaken((original.model.layers[second] for _, second in PAIRS), scale)
     draft = fuse(pair_layers(copy.deepcopy(original), PAIRS))
     draft.generation_config.update(
         num_assistant_tokens=4, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from built_data import build_data
+from closeness import distance
 from test_smollm2 import CONFIG, LENGTH, PROMPT, ROWS, loaded, pytestmark, tokenizer  # noqa: F401  (fixtures, marks)
 from torch import nn
 
@@ -73,12 +74,8 @@ def test_bf16(loaded: nn.Module, tokenizer: Any) -> None:  # noqa: F811
     fused, rows = fuse(pair_layers(model, PAIRS)), held_out(tokenizer)[:2]  # bf16 is slow on a CPU without it
     models = {"exact": exact, "paired": model, "fused": fused, "rounding": copy.deepcopy(fused).float()}
     logits = {name: torch.cat([m(row).logits for row in rows], 1).float() for name, m in models.items()}
-
-    def distance(name: str, other: str) -> float:
-        return ((logits[name] - logits[other]).norm() / logits[other].norm()).item()
-
-    errors = {name: distance(name, "exact") for name in ("paired", "fused", "rounding")}
-    errors["apart"] = distance("fused", "paired")
+    errors = {name: distance(logits[name], logits["exact"]) for name in ("paired", "fused", "rounding")}
+    errors["apart"] = distance(logits["fused"], logits["paired"])
     assert errors["rounding"] < 1e-2 and errors["fused"] < max(1e-2, 1.25 * errors["paired"]), errors
     assert errors["apart"] < 1.5e-2, errors  # found 1.40e-2, between two that are 1.16e-2 and 1.18e-2 from exact
 

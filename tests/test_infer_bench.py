@@ -9,6 +9,7 @@ import pytest
 import tiny_run
 import torch
 import transformers as hf
+from closeness import weaken
 
 import bench
 from benchmarks import curves, infer, infer_table, predict, stepper, trade_off
@@ -189,9 +190,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: hf.PreTrainedT
     folder = tmp_path_factory.mktemp("run")
     saved = tiny_run.save_model(folder / "model", tiny_tokenizer)
     model = hf.AutoModelForCausalLM.from_pretrained(saved)
-    for second in (3, 5):
-        model.model.layers[second].self_attn.o_proj.weight.data *= 1e-3
-        model.model.layers[second].mlp.down_proj.weight.data *= 1e-3
+    weaken(model.model.layers[second] for second in (3, 5))
     model.save_pretrained(saved)
     config = tiny_run.write_config(folder / "config.yaml", saved, tiny_run.write_text(folder / "text.jsonl"))
     assert finetune.main([str(config), "train.learning_rate=1e-4"]) == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+from test_documents import commands
 from transformers import PreTrainedTokenizerFast
 
 import bench
@@ -88,13 +89,13 @@ def test_what_a_step_had_beyond_the_plain_one(
 
 @pytest.mark.parametrize("name", COMPUTED)
 def test_the_commands_of_a_page_are_those_of_the_overview(name: str) -> None:
-    overview, page = (" ".join((RECIPES / of / "README.md").read_text().split()) for of in ("", name))
-    section = page.partition("## Commands ")[2].partition("## What to expect")[0].replace("\\ ", "").strip()
-    commands = re.split(r" (?=lp-train|accelerate launch|sbatch)| 8 GPUs.*?:| Slurm:", section)[1:]
-    rows = " train.per_device_train_batch_size=4"  # not on every page
-    overview = overview.replace(rows, "").replace("llama3b", name)
-    lost = [command for command in commands if command.replace(rows, "") not in overview]
-    assert len(commands) > 10 and not lost
+    smaller_batch = " train.per_device_train_batch_size=4"  # not on every page
+    of_overview, of_page = (
+        [c.replace(smaller_batch, "") for c in commands([RECIPES / of / "README.md"])] for of in ("", name)
+    )
+    assert len(of_page) > 10
+    page_alone = {f"lp-train bench expect configs/{name}.yaml --page recipes/{name}/README.md"}
+    assert set(of_page) - page_alone <= {command.replace("llama3b", name) for command in of_overview}
 
 
 @pytest.mark.parametrize("name", COMPUTED)
