@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
-import yaml
 from launched import ROOT
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
@@ -123,9 +122,3 @@ def test_a_run_on_local_files_calls_nobody_and_tells_no_secret(config: Path, tmp
     for secret in SECRETS.values():
         assert secret not in done.stdout + done.stderr
         assert not [content for content in written if secret.encode() in content]
-
-
-def test_the_configuration_that_wandb_gets_has_no_environment_in_it(config: Path) -> None:
-    """What is sent is the resolved configuration, whose keys are all of the schema."""
-    resolved = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    assert not set(resolved) - {"model", "plan", "tune", "lora", "loss", "data", "train", "evaluate", "track"}
