@@ -14,7 +14,6 @@ import tiny_run
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from eval_files import write_eval_files
 from hypothesis import given
 from hypothesis import strategies as st
 from launched import ROOT, ends, start
@@ -23,7 +22,6 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import evaluate_run
-from lp_train import finetune
 from lp_train.evaluation.fidelity import BUCKETS, Fidelity, Variant, as_it_is, measure
 from lp_train.pairing import adapters_off, sequential
 from run_evaluation import answers as held_out_answers
@@ -101,14 +99,6 @@ def flat(value: Any, path: str = "") -> dict[str, float]:
     return {path: value} if isinstance(value, int | float) else {}
 
 
-SHORT_ANSWERS = f"""
-include: {ROOT}/configs/tasks/gsm8k.yaml
-task: short_answers
-num_fewshot: 1
-generation_kwargs: {{until: ["Question:"], do_sample: false, max_gen_toks: 8}}
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_run.save_model(tmp_path / "model", tiny_tokenizer)
@@ -117,21 +107,13 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, tiny_tokenizer: Pre
     long = tiny_run.write_lines(
         tmp_path / "long.jsonl", [{"text": f"{i} {tiny_run.sentences(state, 12)}"} for i in range(12)]
     )
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert finetune.main([str(config), f"train.output_dir={one}", "train.max_steps=1"]) == 0
-    tiny_run.copy_run(one, two)
-    (tmp_path / "short.yaml").write_text(SHORT_ANSWERS)
-    given = [str(config), f"data.eval={long}", "train.max_length=128", "evaluate.generation_prompts=3"]
-    given += [f"evaluate.task_data={write_eval_files(tmp_path / 'files')}", "evaluate.task_batch_size=4"]
-    given += [f"evaluate.tasks=[piqa_local, wikitext_local, {tmp_path}/short.yaml]"]
-    assert evaluate_run.main([*given, str(one)]) == 0
-    codes, output = ends(start([str(ROOT / "scripts" / "evaluate_run.py"), *given, str(two)], 2))
+    given = [str(config), f"data.eval={long}", "train.max_length=128", "evaluate.generation_prompts=3", "--output"]
+    assert evaluate_run.main([*given, str(tmp_path / "1")]) == 0
+    codes, output = ends(start([str(ROOT / "scripts" / "evaluate_run.py"), *given, str(tmp_path / "2")], 2))
     assert codes == [0, 0], output
-    found = [json.loads((folder / "evaluation.json").read_text()) for folder in (one, two)]
+    found = [json.loads((tmp_path / f"{world}" / "evaluation.json").read_text()) for world in (1, 2)]
     assert [document["environment"]["num_processes"] for document in found] == [1, 2]
-    assert found[0]["tasks"].keys() == {"piqa_local", "wikitext_local", "short_answers"}
-    assert (one / "items.jsonl.gz").read_bytes() == (two / "items.jsonl.gz").read_bytes()
-    sections = ("fidelity", "fidelity_by_position", "fidelity_by_domain", "generation", "drift", "tasks")
+    sections = ("fidelity", "fidelity_by_position", "fidelity_by_domain", "generation", "drift")
     alone, together = ({name: document[name] for name in sections} for document in found)
     assert alone["generation"]["prompts"] == 3
     assert flat(together) == pytest.approx(flat(alone), rel=1e-12)
