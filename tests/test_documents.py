@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import trade_off
 from lp_train.config import load_config
+from lp_train.evaluation import plots
 from lp_train.finetune import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,14 +37,10 @@ def commands(documents: list[Path] = DOCUMENTS) -> list[str]:
     return list(found)
 
 
-LAUNCHED = r"accelerate launch (?:--config_file (?:\S+) |--\S+ )*lp_train/finetune\.py"
+LAUNCHED = r"accelerate launch (?:--config_file \S+ |--\S+ )*lp_train/finetune\.py"
 FINETUNE = re.compile(rf"(?:{LAUNCHED}|lp-train finetune) (configs/(?!NAME).+)")
-MODELS = [
-    ROOT / "recipes" / name / "README.md" for name in ("llama8b", "llama2_7b", "qwen3_4b")
-]  # llama3b's: test_recipes
-COMMANDS = commands([document for document in DOCUMENTS if document not in MODELS])
-TRAINS = [match[1] for command in COMMANDS if (match := FINETUNE.match(command))]
-OTHERS = [command for command in COMMANDS if not FINETUNE.match(command) and command != "accelerate launch --quiet"]
+TRAINS = [match[1] for command in commands() if (match := FINETUNE.match(command))]
+OTHERS = [command for command in commands() if not FINETUNE.match(command) and command != "accelerate launch --quiet"]
 
 
 @pytest.mark.parametrize("command", TRAINS)
@@ -165,20 +162,18 @@ def result_row(report: dict) -> str:
 def test_the_demos_output_is_that_of_its_report() -> None:
     report = json.loads((RESULTS / "demo_cpu_float32.json").read_text())
     table = []
-    for name, label in (("sequential", "original"), ("paired", "untuned pairs"), ("recovered", "recovered")):
-        of, depth = report[name], 30 if name == "sequential" else report["effective_depth"]
-        back = [f"{report['recovery'][of]:.0%}" if name == "recovered" else "" for of in ("nll", "kl")]
-        cells = [f"{of['nll']:.4f}", f"{of['ppl']:.2f}", f"{of['kl']:.4f}", f"{of['top1_agreement']:.1%}", *back]
-        table.append(" ".join(f"| {label} | {depth} | {' | '.join(cells)} |".split()))
+    for name, label in plots.NAMES.items():
+        found, depth = report[name], 30 if name == "sequential" else report["effective_depth"]
+        figures = f"{found['nll']:.4f} | {found['ppl']:.2f} | {found['kl']:.4f} | {found['top1_agreement']:.1%}"
+        back = "{nll:.0%} | {kl:.0%} |".format(**report["recovery"]) if name == "recovered" else "| |"
+        table.append(f"| {label} | {depth} | {figures} | {back}")
     assert "\n".join(table) in DOCUMENTS[0].read_text()
 
 
 MEASURED = ROOT / "recipes" / "benchmarks" / "results"
-SHAPES = {"8B": "llama-8b", "3B": "llama-3b", "1B": "llama-1b", "Llama 2 7B": "llama2-7b"}
+SHAPES = {"8B": "llama-8b", "3B": "llama-3b", "1B": "llama-1b", "Llama 2 7B": "llama2-7b", "SmolLM2": "smollm2-135m"}
 PLACES = {"H200": "infer_h200", "two H200": "tensor_parallel_h200", "two H100": "tensor_parallel_h100"}
 DECODED = r"^\| ([\w ]+), (\d+) \| ((?:two )?H[12]00)(?:, ([\w, ]+))? \| ([\d.]+) x \| ([\d.]+|[\w ]+?)(?: x.*?)? \|"
-
-
 DECODING = re.findall(DECODED, DOCUMENTS[0].read_text(), flags=re.MULTILINE)
 
 
@@ -189,22 +184,23 @@ def test_the_readme_has_its_rows_of_decoding() -> None:
 @pytest.mark.parametrize("row", DECODING, ids=" ".join)
 def test_decoding_of_the_readme_is_that_of_the_stored_steps(row: tuple[str, ...]) -> None:
     shape, pairs, place, what, graph, compiled = row
-    if shape == "SmolLM2":
-        files, shape_of_run = [RESULTS / "best" / "depth22" / "infer.jsonl"], None
-    else:
-        files, shape_of_run = sorted(MEASURED.glob(f"{PLACES[place]}/*.jsonl")), SHAPES[shape]
-    assert graph in speed_ups(
-        files, shape_of_run, int(pairs), "graph", "generate" if what == "4,096 tokens" else "decode"
-    )
-    assert not compiled[0].isdigit() or compiled in speed_ups(files, shape_of_run, int(pairs), "compile", "decode")
+    files = [file for file in MEASURED.glob(f"{PLACES[place]}/*.jsonl") if of_shape(file, SHAPES[shape])]
+    if shape == "SmolLM2":  # a trained run
+        files = [RESULTS / "best" / "depth22" / "infer.jsonl"]
+    measured = "generate" if what == "4,096 tokens" else "decode"
+    assert graph in speed_ups(files, int(pairs), "graph", measured)
+    assert not compiled[0].isdigit() or compiled in speed_ups(files, int(pairs), "compile", "decode")
 
 
-def speed_ups(files: list[Path], shape: str | None, pairs: int, mode: str, what: str) -> list[str]:
+def of_shape(file: Path, shape: str) -> bool:
+    return {json.loads(line)["case"]["shape"] for line in file.open()} == {shape}
+
+
+def speed_ups(files: list[Path], pairs: int, mode: str, what: str) -> list[str]:
     """In order over fused at batch 1 and a file's shortest context, both of one process."""
     found = []
     for file in files:
-        lines = [line for line in map(json.loads, file.open()) if line["case"]["shape"] == shape]
-        cells = [line["cell"] for line in lines]
+        cells = [json.loads(line)["cell"] for line in file.open()]
         cells = [cell for cell in cells if (cell["batch"], cell["mode"], cell["what"]) == (1, mode, what)]
         cells = [cell for cell in cells if cell["context"] == min(cell["context"] for cell in cells)]
         whole = [cell for cell in cells if cell["form"] == "sequential"]
@@ -220,11 +216,10 @@ def test_training_of_the_readme_is_that_of_the_stored_steps() -> None:
         if "ours" in line["variants"]:
             asked = (case["shape"], case["gradient_checkpointing"], case["fp8"])
             stored.setdefault(asked, []).append(line["variants"]["ours"])
-    shapes = SHAPES | {"SmolLM2": "smollm2-135m"}
     row = re.compile(r"^\| (8B|3B|SmolLM2), \d([^|]*) \|([^|]+\|[^|]+)\|.* ([\d., ]+) \|$", flags=re.MULTILINE)
     rows = row.findall(DOCUMENTS[0].read_text())
     for shape, options, speeds, peaks in rows:
-        ours = stored[shapes[shape], "checkpointed" in options, "FP8" in options]
+        ours = stored[SHAPES[shape], "checkpointed" in options, "FP8" in options]
         assert set(re.findall(r"\d+,\d{3}", speeds)) <= {f"{of['tokens_per_second']:,.0f}" for of in ours}
         assert set(peaks.split(", ")) <= {f"{of['peak_gib']:.1f}" for of in ours}
     assert len(rows) == 5
