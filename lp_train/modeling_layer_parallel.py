@@ -5,9 +5,10 @@ This file is the model code of a checkpoint made by lp-train. It needs torch and
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 Every class is the family's own, with other layers. ``config.per_layer_config`` (a field of Transformers) widens the
-layers that two layers were fused into; ``config.parallel_layers`` says the rest: ``wide``, the indices of those layers;
-``pairs``, the layers that run side by side, their ``algebra``, and ``branches``, the names of the norms and dropouts
-around attention and MLP; for the record ``original_layers`` and ``original_pairs``.
+layers that two layers were fused into; where there are none, it only keeps the family's own class from running the
+pairs in order. ``config.parallel_layers`` says the rest: ``wide``, the indices of those layers; ``pairs``, the layers
+that run side by side, their ``algebra``, and ``branches``, the names of the norms and dropouts around attention and
+MLP; for the record ``original_layers`` and ``original_pairs``.
 """
 
 import copy
@@ -137,7 +138,7 @@ class _Model(nn.Module):
         super().__init__(config)
         config.per_layer_config = widths
         layers = self.get_decoder().layers
-        if config.is_heterogeneous:
+        if config.parallel_layers["wide"]:
             self._widen(layers)
             self.get_decoder().rotary_emb.config = _uniform(config)
             self.post_init()  # again, for the new layers

@@ -80,15 +80,21 @@ def test_without_lp_train_and_without_trust_it_does_not_load(form: str, trust: s
     assert "trust_remote_code" in alone[f"{form} {trust}"]
 
 
-RUN_IN_ORDER = pytest.mark.xfail(
-    reason="LlamaForCausalLM.from_pretrained gives a paired checkpoint with its layers in order, and warns only",
-    raises=pytest.fail.Exception,
-    strict=True,
-)
-
-
-@pytest.mark.parametrize("form", ["fused", pytest.param("paired", marks=RUN_IN_ORDER), "mixed"])
+@pytest.mark.parametrize("form", ["fused", "mixed"])
 def test_the_family_s_own_class_refuses_the_checkpoint(form: str, folder: Path) -> None:
     own = type(CASES[FORMS[form][0]].model())
     with pytest.raises(Exception, match="is a per-layer attribute"):
         own.from_pretrained(folder / form)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_the_family_s_own_class_refuses_pairs(name: str, tmp_path: Path) -> None:
+    """It would run them in order. Ours gives their logits, also saved once more."""
+    model = pair_layers(CASES[name].model(), PAIRS)
+    export._write_layers(model, tmp_path, "paired", export.SHARD, print)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path)
+    assert error(hf.AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits) < 1e-5
+    with pytest.raises(Exception, match="is a per-layer attribute"):
+        type(CASES[name].model()).from_pretrained(tmp_path)

@@ -332,11 +332,6 @@ def test_two_processes_give_the_results_of_one(worlds: dict[int, list[dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True,
-    reason="HarnessModel.generate_until shares batches out by each rank's own free memory: ranks that differ in it "
-    "answer some items twice and others not at all",
-)
 def test_ranks_with_unequal_free_memory_answer_each_item_once(worlds: dict[int, list[dict[str, Any]]]) -> None:
     (alone,), *two = worlds[1], *worlds[2]
     assert len(alone["unequal_room"]) == 6

@@ -215,7 +215,8 @@ class HarnessModel(HFLM):
         for i, total in enumerate(totals):
             self._check_length(i, total)
         order = sorted(range(len(requests)), key=lambda i: -lengths[i])
-        rows = self.rows or min(self.batch_size, self._rows_with_room(max(totals)))
+        # as many on each process, since they share out by it: what the fewest have room for
+        rows = min(gather_object([self.rows or min(self.batch_size, self._rows_with_room(max(totals)))]))
         found = {}
         for name, variant in self.variants.items():
             with variant(self.model):

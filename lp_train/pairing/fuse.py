@@ -6,7 +6,6 @@ up the layers' outputs. Every query head keeps its key and value head. What cann
 """
 
 import copy
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +29,7 @@ NORM_OF = {name: "input_layernorm" for name in ("q_proj", "k_proj", "v_proj", "q
 BY_COLUMNS = ("o_proj", "down_proj")
 PER_LAYER = ("layer_types", "no_rope_layers")  # lists of a configuration with one entry for each layer
 WIDER = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+FEED_FORWARD = ("intermediate_size", "moe_intermediate_size")
 
 State = dict[str, Tensor]
 Block = tuple[int, ...]
@@ -118,25 +118,26 @@ def config_of(model: nn.Module, made: list[Block]) -> PretrainedConfig:
             old[name] = [old[name][block[0]] for block in made]
     wide = [i for i, block in enumerate(made) if len(block) > 1]
     index = {block[0]: i for i, block in enumerate(made)}
+    pairs = [[index[k], index[j]] for k, j in plan.pairs if j in index]
+    widths = {i: {name: 2 * old[name] for name in WIDER} for i in wide}
+    # The family's own class refuses layers of different widths. Pairs alone would be all of one width, and it would run
+    # them in order: so the second of each says how wide a feed-forward block the two are together.
+    widths = widths or {j: {name: 2 * old[name] for name in FEED_FORWARD if old.get(name)} for _, j in pairs}
     new = old | {
         "num_hidden_layers": len(made),
         "head_dim": head_dim(model.config),
-        "per_layer_config": {i: {name: 2 * old[name] for name in WIDER} for i in wide} or None,
+        "per_layer_config": widths,
         "parallel_layers": {
             "wide": wide,
-            "pairs": [[index[k], index[j]] for k, j in plan.pairs if j in index],
+            "pairs": pairs,
             "algebra": algebra,
-            "branches": {name: value for name, value in _branches(model.config).items() if isinstance(value, str)},
+            "branches": {n: v for n, v in vars(FAMILIES[model.config.model_type]).items() if isinstance(v, str)},
             "original_layers": plan.num_layers,
             "original_pairs": [list(pair) for pair in plan.pairs],
         },
         "attn_implementation": model.config._attn_implementation,
     }
     return CLASSES[model.config.model_type][0](**new)
-
-
-def _branches(config: PretrainedConfig) -> dict[str, Any]:
-    return dataclasses.asdict(FAMILIES[config.model_type])
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -147,7 +148,8 @@ def tensors(model: nn.Module, made: list[Block]) -> Iterator[tuple[str, Tensor]]
 
     What was not changed is the model's own memory. A tied head is left out.
     """
-    bare, dtype = _bare(model), model.get_input_embeddings().weight.dtype
+    bare: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
+    dtype = bare.get_input_embeddings().weight.dtype
     prefix = next(name for name, module in bare.named_modules() if module is decoder_of(model)) + ".layers"
     tied = bare.get_output_embeddings().weight is bare.get_input_embeddings().weight
     for name, tensor in bare.state_dict().items():
@@ -159,10 +161,6 @@ def tensors(model: nn.Module, made: list[Block]) -> Iterator[tuple[str, Tensor]]
         states = [_plain_state(decoder_of(model).layers[j]) for j in block]
         state = states[0] if len(states) == 1 else wide_state(states[0], states[1], model.config)
         yield from ((f"{prefix}.{i}.{name}", tensor.to(dtype)) for name, tensor in state.items())
-
-
-def _bare(model: nn.Module) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 @torch.no_grad()
