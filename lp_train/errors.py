@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib.util
 import re
 import sys
 from collections.abc import Callable
@@ -19,6 +20,12 @@ class UserError(ValueError):
     """
 
     line_is_open = False  # whether a progress bar has left its line open when it is told
+
+
+def require(package: str, what: str, remedy: str) -> None:
+    """Raises UserError where a package, named as it is imported, is not installed; ``what`` needs it."""
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{what}: needs the package {package.replace('_', '-')}; {remedy}")
 
 
 def command_line(program: str, description: str | None, config: str | None = None) -> argparse.ArgumentParser:

@@ -1,12 +1,13 @@
 """Models and tokenizers: found, loaded, saved, and described."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
@@ -14,35 +15,39 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lp_train.config import ModelConfig
-from lp_train.errors import UserError
+from lp_train.errors import UserError, require
 from lp_train.pairing import FAMILIES, PairPlan, decoder_of, pair_layers
 
 WHEEL = "wheel:"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 
-def write_folder(target: Path, write: Callable[[Path], Any], keep: bool = False) -> Path:
-    """Calls ``write(folder)`` on a temporary folder and renames it to ``target``: whole or not there at all. ``keep``:
-    what another process has put there meanwhile stays, since it is the same and may be being read."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+def write_folder(target: Path, write: Callable[[Path], Any], keep: bool = False) -> bool:
+    """Calls ``write(folder)`` on a temporary folder and renames it to ``target``: whole or not there at all, and then
+    no folder above it that was made for it either. What is there already, or was put there meanwhile, gives way; with
+    ``keep`` it stays, and the result is False."""
+    above = [folder for folder in target.parents if not folder.exists()]
     try:
-        write(temporary)
-        temporary.chmod(0o755)
-        if target.exists():
-            if keep:
-                return target
-            shutil.rmtree(target)
-        temporary.rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as made:
+            write(Path(made))
+            Path(made).chmod(0o755)
+            if target.exists():
+                if keep:
+                    return False
+                shutil.rmtree(target)
+            Path(made).rename(target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+        for folder in above:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+    return True
 
 
 def cache_folder() -> Path:
@@ -78,7 +83,7 @@ def resolve(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]
     if any(folder.glob("*.gguf")):
         return str(_dequantised(folder)), {}
     refuse_pickles(folder, what)
-    raise UserError(f"{what}: no *.safetensors and no *.gguf in this folder")
+    raise UserError(f"{what}: no *.safetensors and no *.gguf in this folder; give one that has weights")
 
 
 def refuse_pickles(folder: Path, what: str) -> None:
@@ -94,8 +99,7 @@ def _dequantised(folder: Path) -> Path:
     if len(files) != 1:
         raise UserError(f"model.name_or_path: {folder} holds {len(files)} GGUF files; it must hold exactly one")
     source, stat = files[0], files[0].stat()
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{source.name}: reading GGUF needs the package gguf; run `pip install gguf`")
+    require("gguf", source.name, "run `pip install gguf`")
     what = f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns} eos"  # without the last word: folders of before
     key = hashlib.sha256(what.encode()).hexdigest()[:12]
     target = cache_folder() / f"{source.stem}-{key}"
@@ -112,7 +116,9 @@ def _dequantised(folder: Path) -> Path:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         tokenizer.save_pretrained(temporary)
 
-    return target if (target / "config.json").exists() else write_folder(target, write, keep=True)
+    if not (target / "config.json").exists():
+        write_folder(target, write, keep=True)  # of two processes the first one's, which may be being read
+    return target
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -148,9 +154,7 @@ def _from_hub(load: Callable[..., Any], config: ModelConfig, /, **kwargs: Any) -
         if "trust_remote_code" in str(error):
             remedy = "it brings code of its own; read that, and set model.trust_remote_code true if it may run here"
         elif isinstance(error, OSError | HFValidationError):
-            remedy = (
-                "check the name and revision, the network (HF_HUB_OFFLINE), access to gated weights (`hf auth login`)"
-            )
+            remedy = "check the name and revision, the network (HF_HUB_OFFLINE), `hf auth login` for gated weights"
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"model.name_or_path {config.name_or_path!r}: cannot be loaded ({reason}); {remedy}") from error
 
@@ -216,11 +220,6 @@ def _refuse_missing_weights(config: ModelConfig, found: dict[str, Any]) -> None:
         raise UserError(f"model.name_or_path {config.name_or_path!r}: {rule}; {remedy}")
 
 
-def require_bitsandbytes() -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("model.quantization 'nf4': needs the package bitsandbytes; run `pip install -e .[quant]`")
-
-
 def _keep_4bit_weights_trainable_through(model: nn.Module) -> None:
     """On CPUs with AVX512-BF16 one forward in eval mode repacks 4-bit weights, after which gradients are wrong."""
     for module in model.modules():
@@ -257,11 +256,29 @@ def stamp(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
     return record
 
 
-def read_stamp(folder: Path) -> dict[str, Any] | None:
-    """The record of :func:`stamp` in an adapter or model folder, or None."""
-    if (folder / "adapter_config.json").exists():
-        return (PeftConfig.from_pretrained(str(folder)).auto_mapping or {}).get("layer_parallel")
-    return getattr(AutoConfig.from_pretrained(str(folder)), "layer_parallel", None)
+def read_stamp(folder: Path) -> dict[str, Any]:
+    """The record of :func:`stamp` in an adapter or model folder. Of an adapter's weights it reads the head, which says
+    whether the file is whole.
+
+    Raises:
+        UserError: no record, a file that is missing or cut off, or weights in pickle files alone.
+    """
+    refuse_pickles(folder, str(folder))
+    file = "adapter_config.json"
+    try:
+        if (folder / file).exists():
+            record = (PeftConfig.from_pretrained(str(folder)).auto_mapping or {}).get("layer_parallel")
+            safe_open(folder / (file := "adapter_model.safetensors"), "pt")
+        elif (folder / (file := "config.json")).exists():
+            record = getattr(AutoConfig.from_pretrained(str(folder)), "layer_parallel", None)
+        else:
+            raise FileNotFoundError("neither an adapter (adapter_config.json) nor a model (config.json) in it")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        what = f"{folder}: no whole {file} ({' '.join(str(error).split())})"
+        raise UserError(f"{what}; give a whole result: copy it again, or run its command with --resume") from error
+    if record is None:
+        raise UserError(f"{folder}: nothing in it says which layers were paired; name what lp_train wrote")
+    return record
 
 
 def recorded_plan(record: dict[str, Any], num_layers: int) -> PairPlan:
@@ -272,10 +289,7 @@ def recorded_plan(record: dict[str, Any], num_layers: int) -> PairPlan:
 
 def check_stamp(folder: Path, model: nn.Module) -> None:
     """Refuses weights that belong to another base or plan than those of ``model`` (paired, with :func:`stamp`)."""
-    refuse_pickles(folder, str(folder))
     stored, ours = read_stamp(folder), model.config.layer_parallel
-    if stored is None:
-        raise UserError(f"{folder}: nothing in it says which layers were paired; it was not written by lp_train")
     for key in ("pairs", "algebra", "kind", "remove"):
         theirs, this = stored.get(key), ours.get(key)  # of pairs neither kind nor remove is stored
         if theirs != this:
@@ -287,11 +301,12 @@ def check_stamp(folder: Path, model: nn.Module) -> None:
 
 
 def adapter_folder(path: str) -> Path:
-    """Where the adapter of ``lora.start_from`` lies. Raises UserError where there is none."""
+    """Where the adapter of ``lora.start_from`` lies. Raises UserError where there is none, or not a whole one."""
     folder = _result_folder(path)
     if not (folder / "adapter_config.json").exists():
         remedy = "give a run of tune: lora, or what scripts/heal.py wrote"
         raise UserError(f"lora.start_from {path!r}: no adapter in it; {remedy}")
+    read_stamp(folder)
     return folder
 
 
@@ -337,20 +352,14 @@ def load(
     ``full_precision`` leaves a base that was quantised in training as it is on disk.
 
     Raises:
-        UserError: nothing there, no plan stored with it, or another base than it was made for.
+        UserError: nothing there, not a whole result, no plan stored with it, or another base than it was made for.
     """
-    path = str(path)
-    folder = _result_folder(path)
-    has_adapter = (folder / "adapter_config.json").exists()
-    if not has_adapter and not (folder / "config.json").exists():
-        raise UserError(f"{path!r}: neither an adapter (adapter_config.json) nor a model (config.json) in it")
-    record = read_stamp(folder)
-    if record is None:
-        raise UserError(f"{path!r}: nothing in it says which layers were paired; it was not written by lp_train")
+    folder = _result_folder(str(path))
+    record, has_adapter = read_stamp(folder), (folder / "adapter_config.json").exists()
     stored = record["base"] | ({"quantization": None} if full_precision else {})
     model = load_base(_recorded_config(stored, base if has_adapter else str(folder), dtype))
     pair_layers(model, recorded_plan(record, len(decoder_of(model).layers)), record["algebra"])
     if has_adapter:
         check_stamp(folder, model)
         model = PeftModel.from_pretrained(model, str(folder))
-    return model.eval(), AutoTokenizer.from_pretrained(str(folder))
+    return model.eval(), _from_hub(AutoTokenizer.from_pretrained, ModelConfig(str(folder)))

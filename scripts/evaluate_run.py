@@ -16,22 +16,18 @@ items.jsonl.gz and the report into each run's folder, or into --output. recipes/
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-if importlib.util.find_spec("lm_eval") is None:
-    sys.exit("error: evaluate_run.py needs the package lm-eval; run `pip install -e .[eval]`")
 
 from lp_train.cluster.launch import leave, quieten_libraries, start
 from lp_train.config import load_config
-from lp_train.errors import UserError, command_line, exit_code
+from lp_train.errors import UserError, command_line, exit_code, require
 from lp_train.evaluation.page import plain
 from lp_train.evaluation.report import EVALUATIONS
-from run_evaluation.evaluate import evaluate, write
 from run_evaluation.pages import add_row, add_to_wandb, refresh
 from run_evaluation.tables import compared_fidelity, task_table
 
@@ -49,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
+    require("lm_eval", "evaluation", 'run `pip install -e ".[eval]"`')
+    from run_evaluation.evaluate import evaluate, write  # --help is there without lm-eval
+
     config = load_config(options.config, [argument for argument in options.rest if "=" in argument])
     folders = [Path(argument) for argument in options.rest if "=" not in argument]
     output = options.output or Path(config.train["output_dir"] + "-untuned")

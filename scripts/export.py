@@ -80,19 +80,19 @@ def export(
     ``merge`` puts what was trained for the pairs into the ``sequential`` form, which is the original without it.
 
     Raises:
-        UserError: no finished run, another base, a target that exists, a full disk, a form that the run cannot take.
+        UserError: no finished run, one whose files are not whole, another base, a target that exists, a full disk, a
+            form that the run cannot take.
     """
     if out.exists():
-        raise UserError(f"{out}: exists already; name a folder that does not, or delete it")
+        raise _exists(out)
     if merge and form != "sequential":
         raise UserError(f"--merge: only the form sequential leaves out what was trained, not {form}; leave it out")
     folder = models._result_folder(str(run))
-    if (record := models.read_stamp(folder)) is None:
-        raise UserError(f"{run}: nothing in it says which layers were paired; it was not written by lp_train")
+    record = models.read_stamp(folder)
     if form == "adapter":
         if not (folder / "adapter_config.json").exists():
             raise UserError(f"{run}: the run trained whole layers (tune: full), so there is no adapter; use fused")
-        models.write_folder(out, lambda target: shutil.copytree(folder, target, dirs_exist_ok=True))
+        _write(out, lambda target: shutil.copytree(folder, target, dirs_exist_ok=True))
         return {}
     if (kind := record.get("kind")) is not None:
         raise UserError(f"{run}: plan.kind {kind}, a control without an exported form; lp_train.load opens it")
@@ -109,11 +109,22 @@ def export(
         tokenizer.save_pretrained(target)
         (target / "README.md").write_text(card)
 
-    try:
-        models.write_folder(out, write)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot be written ({error}); nothing of it was left") from error
+    _write(out, write)
     return nll
+
+
+def _write(out: Path, write: Callable[[Path], Any]) -> None:
+    try:
+        written = models.write_folder(out, write, keep=True)
+    except (OSError, SafetensorError) as error:
+        reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # of several files, the first one's
+        raise UserError(f"{out}: cannot be written ({reason}); nothing of it was left") from error
+    if not written:
+        raise _exists(out)
+
+
+def _exists(out: Path) -> UserError:
+    return UserError(f"{out}: exists already; name a folder that does not, or delete it")
 
 
 def push(folder: Path, repository: str) -> str:

@@ -4,9 +4,9 @@
     python scripts/select_pairs.py configs/smollm2_135m.yaml --sweep --compare plan.algebra=par
     accelerate launch --num_processes 8 scripts/select_pairs.py configs/llama8b.yaml --greedy 'depth<=0.75'
 
-On two CPU cores, ten minutes at most, and something to see in one:
+On two CPU cores, ten minutes at most:
 
-    python scripts/select_pairs.py configs/demo.yaml --sweep
+    python scripts/select_pairs.py configs/demo.yaml --sweep --tokens 1024
     python scripts/select_pairs.py configs/demo.yaml --scores --tokens 512
 
 Base, data and algebra are the configuration's; its plan is not looked at. The text is data.calibration, else a share of

@@ -143,6 +143,11 @@ def without_package(package: str, make: Callable[[Place], list[str]] | str) -> C
     return hidden
 
 
+def without_deepspeed(place: Place) -> list[str]:
+    place.patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    return without_package("deepspeed", "train.max_steps=1")(place)
+
+
 def without_programs(arguments: str) -> Callable[[Place], list[str]]:
     def hidden(place: Place) -> list[str]:
         place.patch.setenv("PATH", str(place.own))
@@ -183,3 +188,50 @@ def no_model(place: Place) -> Path:
     folder = place.folder("nothing", "model.safetensors")
     (folder / "config.json").write_text("{}")
     return folder
+
+
+# --- results that were copied or written by half ---------------------------------------------------------------------
+
+
+def half(run: Path, file: str, kept: float | None) -> Path:
+    """Leaves the first share of a file of a run; None: it is not there."""
+    content = (run / file).read_bytes()
+    (run / file).unlink()
+    if kept is not None:
+        (run / file).write_bytes(content[: int(kept * len(content))])
+    return run
+
+
+def half_of_run(file: str, kept: float | None) -> Callable[[Place], Path]:
+    return lambda place: half(tiny_run.copy_run(place.shared / "run", place.own / "half"), f"adapter/{file}", kept)
+
+
+def half_of_model(place: Place) -> Path:
+    """As a run of ``tune: full`` has it."""
+    tiny_run.copy_run(place.shared / "model", place.own / "half" / "model")
+    return half(place.own / "half", "model/config.json", 0.5)
+
+
+HALVES: dict[str, tuple[Callable[[Place], Path], str]] = {
+    "no adapter_config.json": (
+        half_of_run("adapter_config.json", None),
+        r"/half/adapter: no whole config\.json \(neither an adapter \(adapter_config\.json\) nor .*\); give a whole",
+    ),
+    "half an adapter_config.json": (
+        half_of_run("adapter_config.json", 0.5),
+        r"/half/adapter: no whole adapter_config\.json \(.* line \d+.*\); give a whole result: copy it again, or run",
+    ),
+    "empty adapter_config.json": (
+        half_of_run("adapter_config.json", 0),
+        r"/half/adapter: no whole adapter_config\.json \(.* line 1 .*\); give .* or run its command with --resume",
+    ),
+    "no weights": (
+        half_of_run("adapter_model.safetensors", None),
+        r"/half/adapter: no whole adapter_model\.safetensors \(No such file.*\); give a whole result",
+    ),
+    "half the weights": (
+        half_of_run("adapter_model.safetensors", 0.5),
+        r"/half/adapter: no whole adapter_model\.safetensors \(.*not fully covered\); give a whole result",
+    ),
+    "half a config.json": (half_of_model, r"/half/model: no whole config\.json \(.*not a valid JSON.*\); give a whole"),
+}

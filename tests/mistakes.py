@@ -18,6 +18,7 @@ from mistake_files import (
     same_file_twice,
     unsupported_family,
     wider_config,
+    without_deepspeed,
     without_package,
     without_pad_and_eos,
     without_programs,
@@ -98,7 +99,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "GGUF without the package gguf": Mistake(
         without_package("gguf", model_of(lambda place: place.folder("one", "a.gguf"))),
-        r"a\.gguf: reading GGUF needs the package gguf; run `pip install gguf`",
+        r"a\.gguf: needs the package gguf; run `pip install gguf`",
     ),
     "GGUF that is none": Mistake(
         model_of(lambda place: place.file("x.gguf", "nothing").parent),
@@ -295,6 +296,13 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "jobs without Slurm": Mistake(
         without_programs("evaluate.submit=slurm"), r"evaluate\.submit 'slurm': no sbatch on this machine; start the run"
+    ),
+    "DeepSpeed without its package": Mistake(
+        without_deepspeed, r"accelerate's engine ZeRO-2: needs the package deepspeed; run `pip install deepspeed`"
+    ),
+    "tasks without lm-eval": Mistake(
+        without_package("lm_eval", "train.task_steps=2 evaluate.tasks=[piqa_local]"),
+        r"train\.task_steps 2: needs the package lm-eval; run `pip install -e \"\.\[eval\]\"`, or set it to null",
     ),
     "tracking without wandb": Mistake(
         without_package("wandb", "track.wandb=online"), r"track\.wandb 'online': needs the package wandb; run `pip"

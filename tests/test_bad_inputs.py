@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_run
 import transformers as hf
-from mistake_files import Place, broken_weights
+from mistake_files import HALVES, Place, broken_weights, half_of_run
 from mistakes import MISTAKES
 from tiny_run import write_text
 
@@ -134,7 +134,10 @@ LOADED: dict[str, tuple[Callable[[Place], tuple[Any, ...]], str]] = {
         hub_out_of_reach,
         r"reached \(Got: ConnectError An error .{,140}\); check the name, and the net",
     ),
-    "folder of something else": (lambda place: (place.folder("x"),), r"/x'?: neither an adapter .* nor a model"),
+    "folder of something else": (
+        lambda place: (place.folder("x"),),
+        r"/x: .*neither an adapter .* nor a model.*; give",
+    ),
     "run that has not finished": (lambda place: (unfinished(place),), r"has not finished: no adapter/.*--resume"),
     "model without plan": (lambda place: (place.shared / "model",), r"/model'?: nothing in it says which layers were"),
     "adapter without plan": (lambda place: (adapter_without_plan(place),), r"/adapter'?: nothing in it says which"),
@@ -146,6 +149,10 @@ LOADED: dict[str, tuple[Callable[[Place], tuple[Any, ...]], str]] = {
         lambda place: (place.shared / "run", str(place.own / "none")),
         r"/none'?: there is no such folder; give a folder or a hub id",
     ),
+    "half a tokenizer": (
+        lambda place: (half_of_run("tokenizer.json", 0.5)(place),),
+        r"/half/adapter': cannot be loaded \(.* line \d+.*\); check its files",
+    ),
 }
 
 
@@ -156,3 +163,11 @@ def test_what_cannot_be_loaded(place: Place, name: str) -> None:
         lp_train.load(*arguments(place))
     assert re.search(says, str(error.value)), error.value
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.usefixtures("no_weights")
+def test_half_a_result_cannot_be_loaded(place: Place, name: str) -> None:
+    make, says = HALVES[name]
+    with pytest.raises(UserError, match=says):
+        lp_train.load(str(make(place)))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from mistake_files import Place
-from test_bad_inputs import place, shared
+from mistake_files import HALVES, Place
+from test_bad_inputs import no_weights, place, shared
 
 from lp_train import cli
 from lp_train.errors import UserError
 
-__all__ = ["place", "shared"]
+__all__ = ["no_weights", "place", "shared"]
 
 CONFIG, RUN = "{shared}/config.yaml", "{shared}/run"
 TASK, BAD_FILES = f"evaluate {CONFIG} {RUN} evaluate.tasks", "evaluate.task_data={shared}/files"
@@ -40,7 +40,7 @@ MISTAKES = {
     f"heal {CONFIG} --out {{shared}}/model": r"/model': not empty; .*delete it with --overwrite, or name another",
     # evaluate
     f"evaluate {CONFIG} {{own}}/none": r"/none': there is no such folder; give a run folder",
-    f"evaluate {CONFIG} {{shared}}/model": r"/model': nothing in it says which layers were paired; name a run folder",
+    f"evaluate {CONFIG} {{shared}}/model": r"/model: nothing in it says which layers were paired; name what lp_train",
     f"evaluate {CONFIG} {RUN} model.name_or_path={{shared}}/other": r"made for base '\S+' .*, not for this.*; use that",
     f"evaluate {CONFIG} {RUN} evaluate.tasks=[piqa_lokal]": r"'piqa_lokal': no such task, group or file; did you mean",
     f"evaluate {CONFIG} {RUN} evaluate.tasks=[piqa_local]": r"task_data null: the folder with piqa\.jsonl; set it, or",
@@ -53,7 +53,7 @@ MISTAKES = {
     f"{TASK}=[hellaswag_local] {BAD_FILES}": r"hellaswag_local: an item has [\d,]+ tokens .*, the model takes 512;",
     # export
     "export {own}/none {own}/out": r"/none': there is no such folder; give a run folder",
-    "export {shared}/model {own}/out": r"/model: nothing in it says which layers were paired; it was not written by",
+    "export {shared}/model {own}/out": r"/model: nothing in it says which layers were paired; name what lp_train",
     f"export {RUN} {{shared}}/model": r"/model: exists already; name a folder that does not, or delete it",
     f"export {RUN} {{own}}/out --merge": r"--merge: only the form sequential leaves out what was trained.*; leave it",
     # bench
@@ -106,6 +106,33 @@ def test_one_line_and_exit_code_2(command: str, place: Place, capfd: pytest.Capt
     assert len(lines) == 1 and "Traceback" not in printed, printed
     assert re.search(MISTAKES[command], lines[0]), lines[0]
     assert files(place.own) == before  # nothing half-written
+
+
+NO_ADAPTER = r"start_from '\S+/half': no adapter in it; give a run of tune: lora"
+READS_A_RESULT = {  # and where it says something else of one that is not whole
+    "export {own}/half {own}/out": {},
+    "export {own}/half {own}/out --form adapter": {},
+    f"evaluate {CONFIG} {{own}}/half": {},
+    f"finetune {CONFIG} lora.start_from={{own}}/half train.output_dir={{shared}}/new": {
+        "no adapter_config.json": NO_ADAPTER,
+        "half a config.json": NO_ADAPTER,
+    },
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("command", READS_A_RESULT)
+@pytest.mark.usefixtures("no_weights")
+def test_half_a_result_is_one_line(command: str, name: str, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    make, says = HALVES[name]
+    make(place)
+    before = files(place.own)
+    assert cli.main(arguments(command, place)) == 2
+    printed = capfd.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in printed, printed
+    assert re.search(READS_A_RESULT[command].get(name, says), lines[0]), lines[0]
+    assert files(place.own) == before
 
 
 @pytest.mark.parametrize("command", REFUSED_BY_ITS_PARSER)

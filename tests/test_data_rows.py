@@ -267,7 +267,7 @@ def test_long_documents_are_split_and_nothing_is_lost(build: Build, tiny_tokeniz
     assert sum(data.train["input_ids"], []) == whole
     pieces = sum(len(lengths) for lengths in data.train["seq_lengths"])
     assert data.stats.trained_tokens == len(whole) - pieces
-    assert list(data.stats.as_dict()["sources"].values()) == [len(whole)]
+    assert list(data.stats.sources.values()) == [len(whole)]
 
 
 def test_truncation_is_asked_for_and_counted(build: Build, tiny_tokenizer: Any) -> None:

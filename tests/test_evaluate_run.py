@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,7 +150,7 @@ def test_without_a_run_the_pairs_of_the_configuration(place: Path, run: Callable
 
 def test_mistakes(place: Path, run: Callable[..., str], tmp_path: Path) -> None:
     assert "there is no such folder" in run(str(tmp_path / "none"), code=2)
-    assert "nothing in it says which layers were paired" in run(str(tmp_path), code=2)
+    assert "neither an adapter (adapter_config.json) nor a model" in run(str(tmp_path), code=2)
     assert (
         run("seed0", "--pool", code=2)
         == "error: --pool: the mean of several runs needs a folder; add --output FOLDER\n"
@@ -157,3 +159,17 @@ def test_mistakes(place: Path, run: Callable[..., str], tmp_path: Path) -> None:
     assert message.startswith("error: --pool: seeds of one recipe") and not (tmp_path / "out").exists()
     assert "evaluate.task_limit 0: must be at least 1" in run("evaluate.task_limit=0", code=2)
     assert "evaluate.num_fewshot -1: must be 0 or more" in run("evaluate.num_fewshot=-1", code=2)
+
+
+def test_without_lm_eval_there_is_help_and_a_line_that_says_what_is_missing(place: Path) -> None:
+    program = """
+import sys
+sys.modules["lm_eval"] = None
+import evaluate_run
+assert evaluate_run.main([sys.argv[1]]) == 2
+evaluate_run.main(["--help"])
+"""
+    command = [sys.executable, "-c", program, str(place / "tiny.yaml")]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=Path(evaluate_run.__file__).parent)
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: evaluate_run.py"), shown.stderr
+    assert shown.stderr == 'error: evaluation: needs the package lm-eval; run `pip install -e ".[eval]"`\n'

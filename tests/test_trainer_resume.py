@@ -12,7 +12,7 @@ from tiny_trainer import Make, adapter, assert_same_weights, logged, packed_rows
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from lp_train.distill.trainer import TrainingDiverged
+from lp_train.distill.trainer import TrainingStopped
 from lp_train.pairing import unpair_layers
 
 
@@ -97,7 +97,7 @@ def test_a_diverged_run_stops_before_it_is_saved(make: Make, tmp_path: Path, fac
     if logging_steps > 1:
         options["logging_first_step"] = True
     trainer = make(callbacks=(Spoil(5, factor),), learning_rate=1e-3, **options)
-    with pytest.raises(TrainingDiverged) as caught:
+    with pytest.raises(TrainingStopped) as caught:
         trainer.train()
     newest = newest_is_finite(tmp_path / "run")
     assert newest.endswith("checkpoint-4")
@@ -109,7 +109,7 @@ def test_a_diverged_run_stops_before_it_is_saved(make: Make, tmp_path: Path, fac
 def test_a_step_that_ruins_the_weights_is_not_saved(make: Make, tmp_path: Path) -> None:
     """The loss of that step is finite: it was computed before the gradient was applied."""
     trainer = make(callbacks=(Spoil(3, math.nan, gradient=True),), max_steps=9, save_strategy="steps", save_steps=1)
-    with pytest.raises(TrainingDiverged) as caught:
+    with pytest.raises(TrainingStopped) as caught:
         trainer.train()
     newest = newest_is_finite(tmp_path / "run")
     assert newest.endswith("checkpoint-2")
@@ -118,7 +118,7 @@ def test_a_step_that_ruins_the_weights_is_not_saved(make: Make, tmp_path: Path) 
 
 def test_without_a_checkpoint_the_message_says_so(make: Make) -> None:
     trainer = make(callbacks=(Spoil(2, math.nan),), max_steps=3)
-    with pytest.raises(TrainingDiverged, match=r"loss nan at step 2 .*no checkpoint yet$"):
+    with pytest.raises(TrainingStopped, match=r"loss nan at step 2 .*no checkpoint yet$"):
         trainer.train()
 
 

@@ -1,7 +1,6 @@
 """The start and the end of a process: engine, threads, memory, and what libraries print."""
 
 import ctypes.util
-import importlib.util
 import logging
 import os
 import warnings
@@ -12,7 +11,7 @@ from accelerate import PartialState
 
 from lp_train import models
 from lp_train.cluster import engine
-from lp_train.errors import UserError
+from lp_train.errors import UserError, require
 
 
 def quieten_libraries() -> None:
@@ -65,9 +64,8 @@ def check_engine(state: PartialState) -> None:
 
 def require_deepspeed() -> None:
     """Before accelerate looks for it. Raises UserError where it is asked for and not installed."""
-    if engine.uses_deepspeed() and importlib.util.find_spec("deepspeed") is None:
-        rule = "needs the package deepspeed; run `pip install deepspeed`"
-        raise UserError(f"accelerate's engine {engine.asked()}: {rule}")
+    if engine.uses_deepspeed():
+        require("deepspeed", f"accelerate's engine {engine.asked()}", "run `pip install deepspeed`")
 
 
 def use_all_cores(state: PartialState) -> None:

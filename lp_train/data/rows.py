@@ -1,6 +1,5 @@
 """Packed rows for training and evaluation, and the collator that makes batches of them."""
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,10 +45,6 @@ class DataStats:
             f"{self.tokens:,} tokens ({self.trained_tokens:,} trained) of {self.documents:,} documents in "
             f"{self.rows:,} rows; held out {self.eval_tokens:,} tokens in {self.eval_rows:,} rows{left_out}"
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """All figures, for a report."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

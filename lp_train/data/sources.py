@@ -47,10 +47,6 @@ class Document:
     domain: str = dataclasses.field(default="", compare=False)
 
     @property
-    def is_empty(self) -> bool:
-        return not self.text and not self.messages
-
-    @property
     def size(self) -> int:
         """Roughly its number of characters."""
         return len(self.text) + len(self.prompt or "") + sum(len(str(m.get("content"))) for m in self.messages)
@@ -104,7 +100,7 @@ class OpenSource:
 
     def _kept(self, row: Row, domain: str) -> Iterator[Document]:
         document = _document(row, _forms(self.source), self.label)
-        if not document.is_empty and self.keep(document.key):
+        if (document.text or document.messages) and self.keep(document.key):
             yield dataclasses.replace(document, path=self.source.path, domain=domain)
 
 

@@ -43,14 +43,8 @@ TOTALS = "totals.json"  # of a checkpoint: what the Trainer's own state does not
 RISE = 3.0  # a loss this many times the one of the first log line will not come back
 
 
-class TrainingDiverged(UserError):
-    """The loss is not finite, or far above where it started."""
-
-    line_is_open = True
-
-
-class CheckpointNotSaved(UserError):
-    """No room or no right to write it."""
+class TrainingStopped(UserError):
+    """The loss is not finite or far above where it started, or a checkpoint cannot be written."""
 
     line_is_open = True
 
@@ -250,7 +244,7 @@ class PairedTrainer(SFTTrainer):
         first = next((line["loss"] for line in self.state.log_history if line.get("loss")), loss)
         if math.isfinite(loss) and loss <= RISE * first:
             return
-        raise TrainingDiverged(
+        raise TrainingStopped(
             f"loss {loss:.4g} at step {self.state.global_step} (it began at {first:.4g}): training "
             f"diverged; lower train.learning_rate (now {self.args.learning_rate:g}) or raise train.global_batch_tokens "
             f"or train.warmup_steps; {self._kept()}"
@@ -273,7 +267,7 @@ class PairedTrainer(SFTTrainer):
             if not is_disk_error(error):
                 raise
             reason, folder = " ".join(str(error).split()), self.args.output_dir
-            raise CheckpointNotSaved(
+            raise TrainingStopped(
                 f"train.output_dir {str(folder)!r}: step {self.state.global_step} cannot be saved ({reason}); make "
                 f"room and go on with --resume; {self._kept()}"
             ) from error

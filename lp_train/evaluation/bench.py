@@ -3,7 +3,7 @@ answers beside it, because likelihood hides what happens in generation."""
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ class Bench:
             "effective_depth": plan.effective_depth,
             **{name: fidelity.as_dict() for name, fidelity in figures.items()},
             **reports.fidelity_sections(figures, plan, self.data.domains),
-            "data": self.data.stats.as_dict(),
+            "data": asdict(self.data.stats),
             "environment": reports.environment(self.state.device),
         }
 

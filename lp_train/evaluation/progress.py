@@ -1,6 +1,5 @@
 """What a run measures on its way: the original and its untuned pairs, the model in training, the result."""
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from torch import nn
 from lp_train.cluster import engine
 from lp_train.cluster.launch import say
 from lp_train.config import Config
-from lp_train.errors import UserError
+from lp_train.errors import UserError, require
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, Variant, as_it_is
 from lp_train.evaluation.report import recovery
@@ -71,9 +70,7 @@ def watched_tasks(config: Config) -> "Suite | None":
     """``evaluate.tasks`` as they are measured during training, if ``train.task_steps`` says so."""
     if not (steps := config.train["task_steps"]):
         return None
-    if importlib.util.find_spec("lm_eval") is None:
-        remedy = "run `pip install -e .[eval]`, or set it to null"
-        raise UserError(f"train.task_steps {steps}: tasks need the package lm-eval; {remedy}")
+    require("lm_eval", f"train.task_steps {steps}", 'run `pip install -e ".[eval]"`, or set it to null')
     from lp_train.evaluation.tasks import load_suite
 
     watch = load_suite(config.evaluate)

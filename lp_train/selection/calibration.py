@@ -21,7 +21,7 @@ from lp_train.pairing import check_branches, check_family, decoder_of, is_paired
 from lp_train.selection import store
 from lp_train.selection.stack import Stack
 
-GPU_TOKENS, CPU_TOKENS = 65_536, 2_048  # a sweep of 30 layers: seconds on a GPU, some minutes on two CPU cores
+GPU_TOKENS, CPU_TOKENS = 65_536, 2_048  # a sweep of 30 layers: seconds on a GPU, in float32 15 minutes on two CPU cores
 PARTS = 4  # batches at least, as far as there are rows, so that a stopped measurement loses little
 
 Measure = Callable[[Stack], Iterator[Tensor]]

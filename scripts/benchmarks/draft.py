@@ -33,9 +33,9 @@ from run_evaluation.answers import prompts_of
 @torch.no_grad()
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Greedy generation of the original, alone and with each draft: untuned pairs, and the run's recovered ones."""
-    record = models.read_stamp(models._result_folder(str(options.folder)))
-    if record is None or not (options.folder / CONFIG).exists():
+    if not (options.folder / CONFIG).exists():
         raise UserError(f"{options.folder}: not the folder of a finished run; name one")
+    record = models.read_stamp(models._result_folder(str(options.folder)))
     original = models.load_base(models._recorded_config(record["base"] | {"quantization": None}, None, options.dtype))
     plan = PairPlan.parse(record["pairs"], num_layers=len(decoder_of(original).layers))
     untuned = fuse(pair_layers(original, plan, record["algebra"]))

@@ -144,7 +144,6 @@ def _of_run(options: Options, where: torch.device) -> Iterator[Form]:
     from lp_train import models
 
     record = models.read_stamp(models._result_folder(options.model))
-    assert record is not None
     yield "sequential", None, models.load_base(models._recorded_config(record["base"], None, options.dtype), where)
     model = models.load(options.model, dtype=options.dtype)[0]
     model = model.merge_and_unload() if hasattr(model, "peft_config") else model

@@ -109,11 +109,7 @@ def _plan(config: Config, folder: Path | None) -> tuple[PairPlan, str]:
     if folder is None:
         plan = PairPlan.parse(config.plan.pairs, num_layers=layers).control(config.plan.kind, config.plan.remove)
         return plan, config.plan.algebra
-    result = models._result_folder(str(folder))
-    is_result = any((result / name).exists() for name in ("adapter_config.json", "config.json"))
-    record = models.read_stamp(result) if is_result else None
-    if record is None:
-        raise UserError(f"{str(folder)!r}: nothing in it says which layers were paired; name a run folder of lp_train")
+    record = models.read_stamp(models._result_folder(str(folder)))
     return models.recorded_plan(record, layers), record["algebra"]
 
 
