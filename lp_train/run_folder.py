@@ -119,7 +119,7 @@ def open_run_folder(folder: Path, config: Config, state: PartialState, resume: b
         new, old = (Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder)) for name in ("new", "old"))
         (new / CONFIG).write_text(config_to_yaml(config))
         for path in [] if resume else folder.iterdir():
-            if path not in (new, old, folder / LOCK):
+            if path.name not in (new.name, old.name, LOCK):  # the paths themselves: absolute from Python 3.12 on
                 path.rename(old / path.name)
         os.replace(new / CONFIG, folder / CONFIG)
         _record_start(folder, state)
