@@ -3,6 +3,7 @@
 import contextlib
 import json
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,20 @@ def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     run_folder.open_run_folder(folder, config, state, resume=False)  # another run: what was is gone
     assert [path.name for path in (folder / "starts").iterdir()] == ["1"]
+
+
+def test_a_relative_folder_is_emptied_where_temporary_paths_are_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are from Python 3.12 on."""
+    monkeypatch.chdir(tmp_path)
+    relative = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda *a, **b: str(Path(relative(*a, **b)).absolute()))
+    (folder := Path("run")).mkdir()
+    (folder / "old").touch()
+    config = load_config(write_config(tmp_path / "tiny.yaml", tmp_path / "model", tmp_path / "text.jsonl"))
+    run_folder.open_run_folder(folder, config, PartialState(cpu=True), resume=False)
+    assert {path.name for path in folder.iterdir()} == {run_folder.CONFIG, "starts"}
 
 
 def written(folder: Path, step: int) -> Path:
