@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
     if state.is_main_process:
         targets = [*folders, output][: len(documents)]
         for document, folder in zip(documents, targets, strict=True):
-            write(folder, document)
+            write(folder, document)  # of all runs before a page of one: what was measured is safe then
+        for document, folder in zip(documents, targets, strict=True):
             refresh(folder)
             if folder.absolute().parent.name == EVALUATIONS:
                 add_row(folder.absolute().parents[1])

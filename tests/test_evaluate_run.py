@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import evaluate_run
 from lp_train import finetune, models
 from lp_train.config import ModelConfig
+from lp_train.errors import UserError
 from run_evaluation.statistics import compare
 
 TASKS = "evaluate.tasks=[piqa_local, arc_easy_local, lambada_local, wikitext_local]"
@@ -146,6 +149,22 @@ def test_without_a_run_the_pairs_of_the_configuration(place: Path, run: Callable
     assert found["tasks"] == {} and "| task |" not in printed
     names = {"evaluation.json", "items.jsonl.gz", "plots", "report.html", "report.md"}
     assert {path.name for path in (place / "untuned").iterdir()} == names
+
+
+def test_what_was_measured_is_written_before_any_page(
+    place: Path, run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("seed0", "seed1")
+    for name in names:  # without the curve of the training, as when results were copied
+        shutil.copytree(place / name / "adapter", tmp_path / name / "adapter")
+        for file in ("report.json", "resolved_config.yaml"):
+            shutil.copy(place / name / file, tmp_path / name)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluate_run, "refresh", Mock(side_effect=UserError("no page")))
+        assert "no page" in run(*(str(tmp_path / name) for name in names), code=2)
+    assert all(result(tmp_path / name)["fidelity"] for name in names)
+    run(str(tmp_path / "seed0"))
+    assert "recovered" in (tmp_path / "seed0" / "report.md").read_text()
 
 
 def test_mistakes(place: Path, run: Callable[..., str], tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def refresh(folder: Path) -> None:
         document = document_of(folder)
         return reports.write_document(folder, document, evaluated=_sections(folder, document))
     config = load_config(folder / "resolved_config.yaml")
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = folder / "metrics.jsonl"
+    history = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     document = {**report, **evaluation, "name": report["name"], "environment": report["environment"]}
     tokens_per_step = config.train["global_batch_tokens"]
     reports.write_document(folder, document, history, tokens_per_step, _sections(folder, document))
