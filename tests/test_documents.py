@@ -173,7 +173,7 @@ def test_the_demos_output_is_that_of_its_report() -> None:
 MEASURED = ROOT / "recipes" / "benchmarks" / "results"
 SHAPES = {"8B": "llama-8b", "3B": "llama-3b", "1B": "llama-1b", "Llama 2 7B": "llama2-7b", "SmolLM2": "smollm2-135m"}
 PLACES = {"H200": "infer_h200", "two H200": "tensor_parallel_h200", "two H100": "tensor_parallel_h100"}
-DECODED = r"^\| ([\w ]+), (\d+) \| ((?:two )?H[12]00)(?:, ([\w, ]+))? \| ([\d.]+) x \| ([\d.]+|[\w ]+?)(?: x.*?)? \|"
+DECODED = r"^\| ([\w ]+), (\d+) \| ((?:two )?H[12]00)(?:, ([\w, ]+))? \| ([\d.]+) x \| ([\d.]+|[\w ]+?)(?: x)? \| ([^|]+) \|$"
 DECODING = re.findall(DECODED, DOCUMENTS[0].read_text(), flags=re.MULTILINE)
 
 
@@ -183,13 +183,15 @@ def test_the_readme_has_its_rows_of_decoding() -> None:
 
 @pytest.mark.parametrize("row", DECODING, ids=" ".join)
 def test_decoding_of_the_readme_is_that_of_the_stored_steps(row: tuple[str, ...]) -> None:
-    shape, pairs, place, what, graph, compiled = row
+    shape, pairs, place, what, graph, compiled, eager = row
     files = [file for file in MEASURED.glob(f"{PLACES[place]}/*.jsonl") if of_shape(file, SHAPES[shape])]
     if shape == "SmolLM2":  # a trained run
         files = [RESULTS / "best" / "depth22" / "infer.jsonl"]
     measured = "generate" if what == "4,096 tokens" else "decode"
     assert graph in speed_ups(files, int(pairs), "graph", measured)
     assert not compiled[0].isdigit() or compiled in speed_ups(files, int(pairs), "compile", "decode")
+    generated = re.findall(r"\d\.\d\d", eager)
+    assert not generated or sorted(generated) == sorted(speed_ups(files, int(pairs), "eager", "generate"))
 
 
 def of_shape(file: Path, shape: str) -> bool:
