@@ -118,10 +118,17 @@ def test_an_installed_wheel_has_the_library_and_says_what_it_has_not(tmp_path: P
     assert run("--version") == (0, f"{lp_train.__version__}\n")
     assert run("finetune", "--help")[0] == 0
     assert run("finetune", "none.yaml")[0] == 2
-    for name, module in cli.COMMANDS.items():
-        if not module.startswith("lp_train."):
-            code, shown = run(name, "--help")
-            assert code == 2 and shown.startswith(f"error: {name}: runs from a checkout") and shown.count("\n") == 1
+    code, shown = run("export", "--help")
+    assert code == 2 and shown.startswith("error: export: runs from a checkout") and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", [name for name, module in cli.COMMANDS.items() if not module.startswith("lp_train.")])
+def test_commands_of_a_checkout_say_so_outside_of_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "SCRIPTS", tmp_path)
+    assert cli.main([*name.split(), "--help"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name}: runs from a checkout")
 
 
 def test_the_console_script_is_declared() -> None:

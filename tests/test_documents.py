@@ -173,7 +173,9 @@ def test_the_demos_output_is_that_of_its_report() -> None:
 MEASURED = ROOT / "recipes" / "benchmarks" / "results"
 SHAPES = {"8B": "llama-8b", "3B": "llama-3b", "1B": "llama-1b", "Llama 2 7B": "llama2-7b", "SmolLM2": "smollm2-135m"}
 PLACES = {"H200": "infer_h200", "two H200": "tensor_parallel_h200", "two H100": "tensor_parallel_h100"}
-DECODED = r"^\| ([\w ]+), (\d+) \| ((?:two )?H[12]00)(?:, ([\w, ]+))? \| ([\d.]+) x \| ([\d.]+|[\w ]+?)(?: x)? \| ([^|]+) \|$"
+DECODED = (
+    r"^\| ([\w ]+), (\d+) \| ((?:two )?H[12]00)(?:, ([\w, ]+))? \| ([\d.]+) x \| ([\d.]+|[\w ]+?)(?: x)? \| ([^|]+) \|$"
+)
 DECODING = re.findall(DECODED, DOCUMENTS[0].read_text(), flags=re.MULTILINE)
 
 

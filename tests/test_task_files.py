@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eval_files import write_eval_files
+from eval_files import leave_only_arc, write_eval_files
 
 from lp_train.config import EvaluateConfig
 from lp_train.errors import UserError
@@ -67,9 +67,10 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     refused(files, "wikitext2.test.txt: no item in it", "wikitext_local")
 
 
-@pytest.mark.slow
-def test_unknown_names(files: Path) -> None:
-    """Slow: lm-eval lists all its own tasks."""
+def test_unknown_names(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_only_arc(monkeypatch, tmp_path)
+    refused(files, "'arc_easi': no such task, group or file; did you mean arc_easy", "arc_easi")
+    refused(files, "evaluate.tasks arc_easy: cannot be loaded (", "arc_easy")  # one of lm-eval's own, from the hub
     refused(files, "evaluate.tasks 'hellaswag_locl': no such task, group or file; did you mean hella", "hellaswag_locl")
 
 
