@@ -22,7 +22,7 @@ class UserError(ValueError):
     line_is_open = False  # whether a progress bar has left its line open when it is told
 
 
-def require(package: str, what: str, remedy: str) -> None:
+def require_package(package: str, what: str, remedy: str) -> None:
     """Raises UserError where a package, named as it is imported, is not installed; ``what`` needs it."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{what}: needs the package {package.replace('_', '-')}; {remedy}")

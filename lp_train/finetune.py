@@ -46,7 +46,7 @@ from lp_train.distill.compiled import choose_engine
 from lp_train.distill.healed import HEAL, fit
 from lp_train.distill.trainer import PairedTrainer, peak_memory_gib
 from lp_train.dry_run import dry_run
-from lp_train.errors import UserError, command_line, exit_code, require
+from lp_train.errors import UserError, command_line, exit_code, require_package
 from lp_train.evaluation import report as reports
 from lp_train.evaluation import tables
 from lp_train.evaluation.bench import Bench
@@ -195,7 +195,7 @@ def check_base(config: Config) -> int:
         rule = f"leaves out a part of {model_config.model_type}'s attention; use auto, eager or flex_attention"
         raise UserError(f"model.attn_implementation {attention!r}: {rule}")
     if config.model.quantization:
-        require("bitsandbytes", "model.quantization 'nf4'", 'run `pip install -e ".[quant]"`')
+        require_package("bitsandbytes", "model.quantization 'nf4'", 'run `pip install -e ".[quant]"`')
     for key, value in {"model.quantization": config.model.quantization, "train.fp8": config.train["fp8"]}.items():
         if value and engine.asked() in engine.IN_PARTS:
             raise UserError(f"{key} {value!r}: such weights cannot be cut; use configs/accelerate/ddp.yaml")

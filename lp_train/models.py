@@ -3,9 +3,10 @@
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,14 +15,14 @@ import numpy
 import torch
 from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import HFValidationError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lp_train.config import ModelConfig
-from lp_train.errors import UserError, require
+from lp_train.errors import UserError, require_package
 from lp_train.pairing import FAMILIES, PairPlan, decoder_of, pair_layers
 
 WHEEL = "wheel:"
@@ -38,10 +39,9 @@ def write_folder(target: Path, write: Callable[[Path], Any], keep: bool = False)
         with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as made:
             write(Path(made))
             Path(made).chmod(0o755)
-            if target.exists():
-                if keep:
-                    return False
-                shutil.rmtree(target)
+            if keep and target.exists():
+                return False
+            shutil.rmtree(target, ignore_errors=True)
             Path(made).rename(target)
     finally:
         for folder in above:
@@ -99,7 +99,7 @@ def _dequantised(folder: Path) -> Path:
     if len(files) != 1:
         raise UserError(f"model.name_or_path: {folder} holds {len(files)} GGUF files; it must hold exactly one")
     source, stat = files[0], files[0].stat()
-    require("gguf", source.name, "run `pip install gguf`")
+    require_package("gguf", source.name, "run `pip install gguf`")
     what = f"{source.resolve()} {stat.st_size} {stat.st_mtime_ns} eos"  # without the last word: folders of before
     key = hashlib.sha256(what.encode()).hexdigest()[:12]
     target = cache_folder() / f"{source.stem}-{key}"
@@ -216,8 +216,7 @@ def _refuse_missing_weights(config: ModelConfig, found: dict[str, Any]) -> None:
     lacking = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
     if lacking:
         rule = f"{len(lacking)} weights are missing or of another shape, {lacking[0]} first"
-        remedy = "give the checkpoint that belongs to its config.json"
-        raise UserError(f"model.name_or_path {config.name_or_path!r}: {rule}; {remedy}")
+        raise UserError(f"model.name_or_path {config.name_or_path!r}: {rule}; give the checkpoint of its config.json")
 
 
 def _keep_4bit_weights_trainable_through(model: nn.Module) -> None:
@@ -256,28 +255,34 @@ def stamp(model: nn.Module, config: ModelConfig) -> dict[str, Any]:
     return record
 
 
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """What goes wrong in reading a file of a result is a mistake of the user."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: missing or not whole ({reason}); copy the result again, or make it anew") from error
+
+
 def read_stamp(folder: Path) -> dict[str, Any]:
-    """The record of :func:`stamp` in an adapter or model folder. Of an adapter's weights it reads the head, which says
-    whether the file is whole.
+    """The record of :func:`stamp` in an adapter or model folder. Of the weights it reads the heads, which say whether
+    the files are whole.
 
     Raises:
         UserError: no record, a file that is missing or cut off, or weights in pickle files alone.
     """
     refuse_pickles(folder, str(folder))
-    file = "adapter_config.json"
-    try:
-        if (folder / file).exists():
-            record = (PeftConfig.from_pretrained(str(folder)).auto_mapping or {}).get("layer_parallel")
-            safe_open(folder / (file := "adapter_model.safetensors"), "pt")
-        elif (folder / (file := "config.json")).exists():
-            record = getattr(AutoConfig.from_pretrained(str(folder)), "layer_parallel", None)
-        else:
-            raise FileNotFoundError("neither an adapter (adapter_config.json) nor a model (config.json) in it")
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        what = f"{folder}: no whole {file} ({' '.join(str(error).split())})"
-        raise UserError(f"{what}; give a whole result: copy it again, or run its command with --resume") from error
-    if record is None:
-        raise UserError(f"{folder}: nothing in it says which layers were paired; name what lp_train wrote")
+    adapter, weights, found = folder / "adapter_config.json", folder / "adapter_model.safetensors", {}
+    if (file := adapter if adapter.exists() else folder / "config.json").exists():
+        with _readable(file):
+            found = json.loads(file.read_text())
+    for part in [weights] if file == adapter else folder.glob("*.safetensors"):
+        with _readable(part):
+            safe_open(part, "pt")
+    kept = found.get("auto_mapping") or {} if file == adapter else found
+    if (record := kept.get("layer_parallel")) is None:
+        raise UserError(f"{folder}: holds no adapter or model of a run; name a run folder, or its adapter/ or model/")
     return record
 
 
@@ -304,8 +309,7 @@ def adapter_folder(path: str) -> Path:
     """Where the adapter of ``lora.start_from`` lies. Raises UserError where there is none, or not a whole one."""
     folder = _result_folder(path)
     if not (folder / "adapter_config.json").exists():
-        remedy = "give a run of tune: lora, or what scripts/heal.py wrote"
-        raise UserError(f"lora.start_from {path!r}: no adapter in it; {remedy}")
+        raise UserError(f"lora.start_from {path!r}: no adapter in it; give a run of tune: lora, or of scripts/heal.py")
     read_stamp(folder)
     return folder
 
@@ -362,4 +366,5 @@ def load(
     if has_adapter:
         check_stamp(folder, model)
         model = PeftModel.from_pretrained(model, str(folder))
-    return model.eval(), _from_hub(AutoTokenizer.from_pretrained, ModelConfig(str(folder)))
+    with _readable(folder / "tokenizer.json"):
+        return model.eval(), AutoTokenizer.from_pretrained(str(folder))

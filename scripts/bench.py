@@ -37,7 +37,7 @@ from benchmarks.case import SHAPES, Case
 from lp_train import models
 from lp_train.cluster.launch import quieten_libraries
 from lp_train.config import load_config
-from lp_train.errors import UserError, command_line, exit_code, require
+from lp_train.errors import UserError, command_line, exit_code, require_package
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def tasks(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     if not config.evaluate.tasks:
         raise UserError("evaluate.tasks []: nothing to run; name tasks, e.g. evaluate.tasks=[hellaswag_local]")
-    require("lm_eval", "harness", 'run `pip install -e ".[eval]"`')
+    require_package("lm_eval", "harness", 'run `pip install -e ".[eval]"`')
     from benchmarks import harness  # all other benchmarks run without lm-eval
 
     found = harness.run(config, options.repeats, say)

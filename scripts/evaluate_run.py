@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from lp_train.cluster.launch import leave, quieten_libraries, start
 from lp_train.config import load_config
-from lp_train.errors import UserError, command_line, exit_code, require
+from lp_train.errors import UserError, command_line, exit_code, require_package
 from lp_train.evaluation.page import plain
 from lp_train.evaluation.report import EVALUATIONS
 from run_evaluation.pages import add_row, add_to_wandb, refresh
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    require("lm_eval", "evaluation", 'run `pip install -e ".[eval]"`')
+    require_package("lm_eval", "evaluation", 'run `pip install -e ".[eval]"`')
     from run_evaluation.evaluate import evaluate, write  # --help is there without lm-eval
 
     config = load_config(options.config, [argument for argument in options.rest if "=" in argument])

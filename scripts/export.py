@@ -84,7 +84,7 @@ def export(
             form that the run cannot take.
     """
     if out.exists():
-        raise _exists(out)
+        raise _already_there(out)
     if merge and form != "sequential":
         raise UserError(f"--merge: only the form sequential leaves out what was trained, not {form}; leave it out")
     folder = models._result_folder(str(run))
@@ -120,10 +120,10 @@ def _write(out: Path, write: Callable[[Path], Any]) -> None:
         reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # of several files, the first one's
         raise UserError(f"{out}: cannot be written ({reason}); nothing of it was left") from error
     if not written:
-        raise _exists(out)
+        raise _already_there(out)
 
 
-def _exists(out: Path) -> UserError:
+def _already_there(out: Path) -> UserError:
     return UserError(f"{out}: exists already; name a folder that does not, or delete it")
 
 

@@ -206,32 +206,43 @@ def half_of_run(file: str, kept: float | None) -> Callable[[Place], Path]:
     return lambda place: half(tiny_run.copy_run(place.shared / "run", place.own / "half"), f"adapter/{file}", kept)
 
 
-def half_of_model(place: Place) -> Path:
+def half_of_model(file: str) -> Callable[[Place], Path]:
     """As a run of ``tune: full`` has it."""
-    tiny_run.copy_run(place.shared / "model", place.own / "half" / "model")
-    return half(place.own / "half", "model/config.json", 0.5)
+
+    def make(place: Place) -> Path:
+        tiny_run.copy_run(place.shared / "model", place.own / "half" / "model")
+        return half(place.own / "half", f"model/{file}", 0.5)
+
+    return make
 
 
 HALVES: dict[str, tuple[Callable[[Place], Path], str]] = {
     "no adapter_config.json": (
         half_of_run("adapter_config.json", None),
-        r"/half/adapter: no whole config\.json \(neither an adapter \(adapter_config\.json\) nor .*\); give a whole",
+        r"/half/adapter: holds no adapter or model of a run; name a run folder, or its adapter/ or model/",
     ),
     "half an adapter_config.json": (
         half_of_run("adapter_config.json", 0.5),
-        r"/half/adapter: no whole adapter_config\.json \(.* line \d+.*\); give a whole result: copy it again, or run",
+        r"/half/adapter/adapter_config\.json: missing or not whole \(.* line \d+.*\); copy the result again, or make",
     ),
     "empty adapter_config.json": (
         half_of_run("adapter_config.json", 0),
-        r"/half/adapter: no whole adapter_config\.json \(.* line 1 .*\); give .* or run its command with --resume",
+        r"/half/adapter/adapter_config\.json: missing or not whole \(.* line 1 .*\); copy the result again, or make it",
     ),
     "no weights": (
         half_of_run("adapter_model.safetensors", None),
-        r"/half/adapter: no whole adapter_model\.safetensors \(No such file.*\); give a whole result",
+        r"/half/adapter/adapter_model\.safetensors: missing or not whole \(No such file.*\); copy the result again",
     ),
     "half the weights": (
         half_of_run("adapter_model.safetensors", 0.5),
-        r"/half/adapter: no whole adapter_model\.safetensors \(.*not fully covered\); give a whole result",
+        r"/half/adapter/adapter_model\.safetensors: missing or not whole \(.*not fully covered\); copy the result",
     ),
-    "half a config.json": (half_of_model, r"/half/model: no whole config\.json \(.*not a valid JSON.*\); give a whole"),
+    "half a config.json": (
+        half_of_model("config.json"),
+        r"/half/model/config\.json: missing or not whole \(.* line \d+.*\); copy the result again, or make it anew",
+    ),
+    "half a model's weights": (
+        half_of_model("model.safetensors"),
+        r"/half/model/model\.safetensors: missing or not whole \(.*not fully covered\); copy the result again",
+    ),
 }

@@ -136,11 +136,14 @@ LOADED: dict[str, tuple[Callable[[Place], tuple[Any, ...]], str]] = {
     ),
     "folder of something else": (
         lambda place: (place.folder("x"),),
-        r"/x: .*neither an adapter .* nor a model.*; give",
+        r"/x: holds no adapter or model of a run; name",
     ),
     "run that has not finished": (lambda place: (unfinished(place),), r"has not finished: no adapter/.*--resume"),
-    "model without plan": (lambda place: (place.shared / "model",), r"/model'?: nothing in it says which layers were"),
-    "adapter without plan": (lambda place: (adapter_without_plan(place),), r"/adapter'?: nothing in it says which"),
+    "model without plan": (
+        lambda place: (place.shared / "model",),
+        r"/model: holds no adapter or model of a run;",
+    ),
+    "adapter without plan": (lambda place: (adapter_without_plan(place),), r"/adapter: holds no adapter or model"),
     "another base": (
         lambda place: (place.shared / "run", str(place.shared / "other")),
         r"made for base '.*/model' \(fingerprint \w+\), not for this base",
@@ -151,7 +154,7 @@ LOADED: dict[str, tuple[Callable[[Place], tuple[Any, ...]], str]] = {
     ),
     "half a tokenizer": (
         lambda place: (half_of_run("tokenizer.json", 0.5)(place),),
-        r"/half/adapter': cannot be loaded \(.* line \d+.*\); check its files",
+        r"/half/adapter/tokenizer\.json: missing or not whole \(.* line \d+.*\); copy the result again, or make it",
     ),
 }
 

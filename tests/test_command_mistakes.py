@@ -41,7 +41,7 @@ MISTAKES = {
     f"heal {CONFIG} --out {{shared}}/model": r"/model': not empty; .*delete it with --overwrite, or name another",
     # evaluate
     f"evaluate {CONFIG} {{own}}/none": r"/none': there is no such folder; give a run folder",
-    f"evaluate {CONFIG} {{shared}}/model": r"/model: nothing in it says which layers were paired; name what lp_train",
+    f"evaluate {CONFIG} {{shared}}/model": r"/model: holds no adapter or model of a run; name a run folder",
     f"evaluate {CONFIG} {RUN} model.name_or_path={{shared}}/other": r"made for base '\S+' .*, not for this.*; use that",
     f"evaluate {CONFIG} {RUN} evaluate.tasks=[piqa_lokal]": r"'piqa_lokal': no such task, group or file; did you mean",
     f"evaluate {CONFIG} {RUN} evaluate.tasks=[piqa_local]": r"task_data null: the folder with piqa\.jsonl; set it, or",
@@ -54,7 +54,7 @@ MISTAKES = {
     f"{TASK}=[hellaswag_local] {BAD_FILES}": r"hellaswag_local: an item has [\d,]+ tokens .*, the model takes 512;",
     # export
     "export {own}/none {own}/out": r"/none': there is no such folder; give a run folder",
-    "export {shared}/model {own}/out": r"/model: nothing in it says which layers were paired; name what lp_train",
+    "export {shared}/model {own}/out": r"/model: holds no adapter or model of a run; name a run folder",
     f"export {RUN} {{shared}}/model": r"/model: exists already; name a folder that does not, or delete it",
     f"export {RUN} {{own}}/out --merge": r"--merge: only the form sequential leaves out what was trained.*; leave it",
     # bench
@@ -63,7 +63,7 @@ MISTAKES = {
     "bench train --shape smollm2-135m --variants ours,z": r"--variants 'z': unknown; use some of ours,a,b,c",
     "bench infer --shape smollm2-135m --modes graph": r"a CUDA graph needs a GPU, and this is a CPU; use eager or",
     "bench infer --model {own}/none --modes eager": r"--model \S+/none: there is no such folder; give a run folder",
-    f"{SMALL} --modes eager --parts decode --pairs 8:10": r"'8:10': pair 8-9 is out of range; the model has",
+    f"{SMALL} --modes eager --parts decode --pairs 8:10": r"pair 8-9 is out of range; the model has layers 0 to 3",
     "bench table {own}/none.jsonl": r"none\.jsonl: No such file or directory; give the file that train --out wrote",
     f"bench table {CONFIG}": r"config\.yaml, line 1: not a JSON object with .*; give the file that train --out wrote",
     "bench predict {own}/none.jsonl": r"none\.jsonl: not the file that infer --out wrote \(.*No such file",
@@ -115,13 +115,14 @@ def test_one_line_and_exit_code_2(command: str, place: Place, capfd: pytest.Capt
 
 
 NO_ADAPTER = r"start_from '\S+/half': no adapter in it; give a run of tune: lora"
-READS_A_RESULT = {  # and where it says something else of one that is not whole
+READS_A_RESULT = {  # commands, with what they say where it is not what HALVES says
     "export {own}/half {own}/out": {},
     "export {own}/half {own}/out --form adapter": {},
     f"evaluate {CONFIG} {{own}}/half": {},
     f"finetune {CONFIG} lora.start_from={{own}}/half train.output_dir={{shared}}/new": {
         "no adapter_config.json": NO_ADAPTER,
         "half a config.json": NO_ADAPTER,
+        "half a model's weights": NO_ADAPTER,
     },
 }
 

@@ -169,7 +169,7 @@ def test_what_was_measured_is_written_before_any_page(
 
 def test_mistakes(place: Path, run: Callable[..., str], tmp_path: Path) -> None:
     assert "there is no such folder" in run(str(tmp_path / "none"), code=2)
-    assert "neither an adapter (adapter_config.json) nor a model" in run(str(tmp_path), code=2)
+    assert "holds no adapter or model of a run; name a run folder" in run(str(tmp_path), code=2)
     assert (
         run("seed0", "--pool", code=2)
         == "error: --pool: the mean of several runs needs a folder; add --output FOLDER\n"

@@ -11,7 +11,7 @@ from accelerate import PartialState
 
 from lp_train import models
 from lp_train.cluster import engine
-from lp_train.errors import UserError, require
+from lp_train.errors import UserError, require_package
 
 
 def quieten_libraries() -> None:
@@ -65,7 +65,7 @@ def check_engine(state: PartialState) -> None:
 def require_deepspeed() -> None:
     """Before accelerate looks for it. Raises UserError where it is asked for and not installed."""
     if engine.uses_deepspeed():
-        require("deepspeed", f"accelerate's engine {engine.asked()}", "run `pip install deepspeed`")
+        require_package("deepspeed", f"accelerate's engine {engine.asked()}", "run `pip install deepspeed`")
 
 
 def use_all_cores(state: PartialState) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from lp_train.cluster import engine
 from lp_train.cluster.launch import say
 from lp_train.config import Config
-from lp_train.errors import UserError, require
+from lp_train.errors import UserError, require_package
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.fidelity import Fidelity, Variant, as_it_is
 from lp_train.evaluation.report import recovery
@@ -70,7 +70,7 @@ def watched_tasks(config: Config) -> "Suite | None":
     """``evaluate.tasks`` as they are measured during training, if ``train.task_steps`` says so."""
     if not (steps := config.train["task_steps"]):
         return None
-    require("lm_eval", f"train.task_steps {steps}", 'run `pip install -e ".[eval]"`, or set it to null')
+    require_package("lm_eval", f"train.task_steps {steps}", 'run `pip install -e ".[eval]"`, or set it to null')
     from lp_train.evaluation.tasks import load_suite
 
     watch = load_suite(config.evaluate)
