@@ -267,7 +267,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert "has not finished" in one_line([unfinished, out], capsys)
     assert "made for base" in one_line([other, out], capsys)
     assert "no such folder" in one_line([tmp_path / "nothing", out], capsys)
-    assert "name what lp_train wrote" in one_line([shared / "model", out], capsys)
+    assert "holds no adapter or model of a run" in one_line([shared / "model", out], capsys)
     assert "exists already" in one_line([run, shared], capsys)
     assert "2+3: algebra par: each feed-forward block" in (said := one_line([par, out], capsys))
     assert said.endswith("use --form paired")
