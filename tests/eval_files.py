@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lm_eval.tasks import manager
 
 WORDS = (
     "array",
@@ -33,6 +32,8 @@ WORDS = (
 
 def leave_only_arc(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Of lm-eval's own tasks, some ten thousand files that take half a minute to list, those of ARC alone."""
+    from lm_eval.tasks import manager  # whoever only wants files need not wait for it
+
     shutil.copytree(Path(manager.__file__).parent / "arc", folder / "arc")
     patch.setattr(manager, "__file__", str(folder / "manager.py"))
 

@@ -4,6 +4,7 @@ Mistakes in a configuration are in ``mistakes.py``; here are those of the comman
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -83,9 +84,11 @@ REFUSED_BY_ITS_PARSER = {  # argparse's own: usage, and one line that names the 
 }
 
 
-@pytest.fixture(autouse=True)
-def few_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave_only_arc(monkeypatch, tmp_path / "lm-eval")
+@pytest.fixture(autouse=True, scope="module")
+def few_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        leave_only_arc(patch, tmp_path_factory.mktemp("lm-eval"))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
