@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from lp_train.config_check import Reader
 from lp_train.config_rules import broken_rules
-from lp_train.errors import UserError
+from lp_train.errors import UserError, one_line
 from lp_train.pairing.plan import AUTO
 from lp_train.trainer_options import OUR_LORA_DEFAULTS, OUR_TRAIN_DEFAULTS, OWNED_LORA, OWNED_TRAIN
 
@@ -267,14 +267,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         remedy = "give the path of a YAML file, e.g. configs/demo.yaml"
         raise UserError(f"config {path}: {error.strerror}; {remedy}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path}: not YAML ({_one_line(error)}); correct it there") from None
+        raise UserError(f"config {path}: not YAML ({one_line(error)}); correct it there") from None
     if not isinstance(raw, dict):
         raise UserError(f"config {path}: holds {type(raw).__name__}, not a mapping; start from configs/demo.yaml")
     return raw
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _override(raw: dict[str, Any], argument: str) -> None:
@@ -285,7 +281,7 @@ def _override(raw: dict[str, Any], argument: str) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"argument {argument!r}: the value is not YAML ({_one_line(error)}); quote it") from None
+        raise UserError(f"argument {argument!r}: the value is not YAML ({one_line(error)}); quote it") from None
     *parents, last = key.split(".")
     for i, part in enumerate(parents):
         raw[part] = {} if raw.get(part) is None else raw[part]

@@ -22,6 +22,11 @@ class UserError(ValueError):
     line_is_open = False  # whether a progress bar has left its line open when it is told
 
 
+def one_line(error: Exception) -> str:
+    """What an exception says, without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def require_package(package: str, what: str, remedy: str) -> None:
     """Raises UserError where a package, named as it is imported, is not installed; ``what`` needs it."""
     if importlib.util.find_spec(package) is None:

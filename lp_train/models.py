@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lp_train.config import ModelConfig
-from lp_train.errors import UserError, require_package
+from lp_train.errors import UserError, one_line, require_package
 from lp_train.pairing import FAMILIES, PairPlan, decoder_of, pair_layers
 
 WHEEL = "wheel:"
@@ -261,8 +261,8 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{file}: missing or not whole ({reason}); copy the result again, or make it anew") from error
+        rule = f"missing or not whole ({one_line(error)})"
+        raise UserError(f"{file}: {rule}; copy the result again, or make it anew") from error
 
 
 def read_stamp(folder: Path) -> dict[str, Any]:
@@ -325,7 +325,7 @@ def _result_folder(path: str) -> Path:
         try:
             return Path(snapshot_download(path))
         except (OSError, HFValidationError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error)[:160]
             rule = f"{path!r}: neither a folder nor a repository that can be reached ({reason})"
             raise UserError(f"{rule}; check the name, and the network for a hub id") from error
     if (folder / "adapter").is_dir() or (folder / "model").is_dir():

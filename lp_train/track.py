@@ -12,7 +12,7 @@ from urllib.parse import urlparse
 
 from lp_train.cluster.launch import say
 from lp_train.config import TrackConfig
-from lp_train.errors import UserError
+from lp_train.errors import UserError, one_line
 from lp_train.evaluation.page import Table
 from lp_train.evaluation.tables import fidelity
 
@@ -70,7 +70,7 @@ def start(config: TrackConfig, folder: Path, run_name: str, record: Mapping[str,
     try:
         wandb.init(mode=mode, **options)
     except wandb.Error as error:
-        mode, why = "offline", " ".join(str(error).split())
+        mode, why = "offline", one_line(error)
         wandb.teardown()  # what was begun holds the id
         wandb.init(mode=mode, **options)
     if mode == "offline" and config.wandb != "offline":

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lp_train.adapters import attach
 from lp_train.config import Config
-from lp_train.errors import UserError
+from lp_train.errors import UserError, one_line
 from lp_train.models import attention_of
 from lp_train.pairing import PairPlan, decoder_of, pair_layers
 
@@ -25,7 +25,7 @@ def build_on_meta(model_config: PretrainedConfig, plan: PairPlan, config: Config
     except (ValueError, ImportError) as error:
         if isinstance(error, UserError):
             raise
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error)[:160]
         raise UserError(f"model.attn_implementation {attention!r}: not for this model ({reason}); use eager") from error
 
 

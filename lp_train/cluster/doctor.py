@@ -42,7 +42,7 @@ from lp_train.config import Config, TrackConfig, load_config
 from lp_train.distill.arguments import split_of
 from lp_train.distill.compiled import choose_engine
 from lp_train.dry_run import plan_or_stand_in, read_model_config
-from lp_train.errors import UserError, command_line, exit_code
+from lp_train.errors import UserError, command_line, exit_code, one_line
 
 LEVELS = ("ok", "warning", "FAILED")
 PATIENCE = datetime.timedelta(seconds=120)  # for processes that do not answer
@@ -98,7 +98,7 @@ def look(check: Callable[[Node], Finding], node: Node) -> bool:
     try:
         level, found = check(node)
     except (UserError, OSError, RuntimeError) as error:
-        level, found = "FAILED", " ".join(str(error).split())
+        level, found = "FAILED", one_line(error)
     results: list[tuple[str, str, str]] = gather_object([(level, found, socket.gethostname())])
     rank = max(range(len(results)), key=lambda i: (LEVELS.index(results[i][0]), -i))
     level, found, host = results[rank]

@@ -17,7 +17,7 @@ import numpy as np
 
 from lp_train.config import Source
 from lp_train.data.pydocs import load_pydocs
-from lp_train.errors import UserError
+from lp_train.errors import UserError, one_line
 
 Role = Literal["train", "eval", "calibration"]
 Row = dict[str, Any]
@@ -202,7 +202,7 @@ def _load_from_hub(source: Source) -> datasets.Dataset | datasets.IterableDatase
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE")
         state = f"HF_HUB_OFFLINE is {offline}, so only cached data sets are found" if offline else "check the network"
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         wrong = f"the hub dataset did not load ({reason})"
         raise UserError(f"{source.path}: {wrong}; check name and split; {state}") from None
     if next(iter(rows), None) is None:

@@ -36,7 +36,7 @@ from lp_train.distill.compiled import Engine, attention, compiled_block
 from lp_train.distill.cuda_graph import GraphedLoss
 from lp_train.distill.losses import Head, LossSums, head_loss, hidden_loss
 from lp_train.distill.replay import run_block, run_original, run_suffix
-from lp_train.errors import UserError
+from lp_train.errors import UserError, one_line
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
 TOTALS = "totals.json"  # of a checkpoint: what the Trainer's own state does not count
@@ -266,7 +266,7 @@ class PairedTrainer(SFTTrainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if not is_disk_error(error):
                 raise
-            reason, folder = " ".join(str(error).split()), self.args.output_dir
+            reason, folder = one_line(error), self.args.output_dir
             raise TrainingStopped(
                 f"train.output_dir {str(folder)!r}: step {self.state.global_step} cannot be saved ({reason}); make "
                 f"room and go on with --resume; {self._kept()}"
