@@ -226,7 +226,7 @@ def test_trade_off_and_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [line.split(" | ")[0] for line in printed[2:4]] == ["| 25", "| 19"]  # from the deepest on
     report = json.loads((runs[0] / "report.json").read_text())
     assert f"{report['recovered']['kl']:.3f}" in printed[3]
-    assert printed[4].startswith("healed: 0.2543 at 0.3 M") and len(list(tmp_path.glob("*.png"))) == 2
+    assert printed[4].startswith("healed: 0.1882 at 0.8 M") and len(list(tmp_path.glob("*.png"))) == 2
     with pytest.raises(UserError, match=r"infer.jsonl: No such file"):
         (tmp_path / "report.json").write_text("{}")
         trade_off.read(tmp_path)
