@@ -24,7 +24,10 @@ HEADER = ("depth", "CUDA graph", "eager", "NLL original", "recovered", "KL untun
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Depth, speed-up by mode, fidelity and the share of the seven tasks' mean that is kept (None: not measured)."""
+    """Depth, speed-up by mode, fidelity and what is kept of the seven tasks' mean (None: not measured), in per cent.
+
+    ``interval``: the 95 % interval of what is kept.
+    """
     try:
         report = json.loads((folder / "report.json").read_text())
         cells = [json.loads(line)["cell"] for line in (folder / "infer.jsonl").read_text().splitlines()]
@@ -40,8 +43,10 @@ def read(folder: Path) -> dict[str, Any]:
     speed = {mode: ms[mode, "sequential"] / ms[mode, "fused"] for mode in ("graph", "eager") if (mode, "fused") in ms}
     tasks = folder / "evaluation.json"
     groups = json.loads(tasks.read_text())["groups"] if tasks.exists() else {}
-    kept = groups["seven"]["comparisons"]["recovered"]["retained"] if "seven" in groups else None
-    return {"depth": report["effective_depth"], "speed": speed, "kept": kept, **report}
+    seven = groups["seven"]["comparisons"]["recovered"] if "seven" in groups else None
+    kept = seven and seven["retained"]
+    interval = seven and [100 * (1 + end / seven["original"]) for end in seven["interval"]]
+    return {"depth": report["effective_depth"], "speed": speed, "kept": kept, "interval": interval, **report}
 
 
 def row(run: dict[str, Any]) -> list[str]:
@@ -60,12 +65,14 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
         axes[0].plot(speeds, kls, style, color=color, label=NAMES[model])
     axes[0].set(ylabel="KL to the original\n[nats per token]", ylim=(0, None))
     axes[0].legend(frameon=False)
-    measured = [(1.0, 100.0, "")]
-    measured += [(run["speed"]["graph"], run["kept"], f"depth {run['depth']}") for run in runs if run["kept"]]
-    axes[1].plot([m[0] for m in measured], [m[1] for m in measured], "o-", color=RECOVERED)
-    axes[1].set(ylabel="seven tasks, mean\n[% of the original]", xlabel="decoding speed, fused [x of the original]")
-    for speed, kept, name in measured:
-        axes[1].annotate(name, (speed, kept), (6, 4), textcoords="offset points")
+    measured = [run for run in runs if run["kept"]]
+    ends = [[0.0, 0.0], *([run["kept"] - run["interval"][0], run["interval"][1] - run["kept"]] for run in measured)]
+    places = [(1.0, 100.0), *((run["speed"]["graph"], run["kept"]) for run in measured)]
+    axes[1].errorbar(*zip(*places, strict=True), yerr=[*zip(*ends, strict=True)], fmt="o-", color=RECOVERED, capsize=3)
+    label = "seven tasks, mean\n[% of the original, 95 % interval]"
+    axes[1].set(ylabel=label, xlabel="decoding speed, fused [x of the original]")
+    for run, place in zip(measured, places[1:], strict=True):
+        axes[1].annotate(f"depth {run['depth']}", place, (6, 4), textcoords="offset points")
     for axis in axes:
         axis.margins(x=0.12)
     save(figure, path)
