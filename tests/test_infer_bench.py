@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,15 @@ def test_trade_off_and_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert [line.split(" | ")[0] for line in printed[2:4]] == ["| 25", "| 19"]  # from the deepest on
     report = json.loads((runs[0] / "report.json").read_text())
     assert f"{report['recovered']['kl']:.3f}" in printed[3]
-    assert printed[4].startswith("healed: 0.1882 at 0.8 M") and len(list(tmp_path.glob("*.png"))) == 2
+    assert re.match(r"healed: 0\.\d{4} at 0\.8 M, ", printed[4]) and len(list(tmp_path.glob("*.png"))) == 2
+    deepest = trade_off.read(runs[1])
+    assert deepest["interval"] == pytest.approx([97.06, 99.10], abs=0.01)  # the difference's interval, of the original
+    assert deepest["interval"][0] < deepest["kept"] < deepest["interval"][1]
+    for name in ("report.json", "infer.jsonl"):
+        (tmp_path / "no_tasks" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "no_tasks" / name).write_text((runs[0] / name).read_text())
+    trade_off.command(argparse.Namespace(runs=[tmp_path / "no_tasks"], out=tmp_path / "no_tasks.png"))
+    assert "not run" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"infer.jsonl: No such file"):
         (tmp_path / "report.json").write_text("{}")
         trade_off.read(tmp_path)

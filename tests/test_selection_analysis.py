@@ -17,6 +17,7 @@ from lp_train.pairing import pair_layers, unpair_layers
 from lp_train.pairing.families import decoder_of
 from pair_analysis.compare import compare
 from pair_analysis.interventions import KINDS, interventions, lengths
+from pair_analysis.plots import intervention_map
 from pair_analysis.scores import rank_correlations, scores
 from pair_analysis.sweep import Cost, Sweep
 
@@ -176,3 +177,10 @@ def test_the_comparison_agrees_and_leaves_the_model_in_order(sample: int | None)
     assert found["whole_forward_ratio"] == pytest.approx(found["whole_forward_seconds"] / found["sweep_seconds"])
     with pytest.raises(UserError, match="no paired layers"):
         unpair_layers(model)
+
+
+@pytest.mark.parametrize(("dearest", "top"), [(0.5, 0.5), (200.0, 10.0)])
+def test_the_scale_of_a_map_ends_with_its_dearest_window_or_where_models_guess(dearest: float, top: float) -> None:
+    figure = intervention_map({kind: {(0, 2): 0.4, (1, 2): dearest} for kind in KINDS})
+    scale = next(axis for axis in figure.axes if axis.get_ylabel().startswith("NLL above"))
+    assert scale.get_ylim() == pytest.approx((0.01, top))

@@ -26,7 +26,7 @@ HEADER = ("depth", "CUDA graph", "eager", "NLL original", "recovered", "KL untun
 def read(folder: Path) -> dict[str, Any]:
     """Depth, speed-up by mode, fidelity and what is kept of the seven tasks' mean (None: not measured), in per cent.
 
-    ``interval``: the 95 % interval of what is kept.
+    ``interval``: the 95 % interval of what is kept, the original's mean taken as exact.
     """
     try:
         report = json.loads((folder / "report.json").read_text())
@@ -44,9 +44,11 @@ def read(folder: Path) -> dict[str, Any]:
     tasks = folder / "evaluation.json"
     groups = json.loads(tasks.read_text())["groups"] if tasks.exists() else {}
     seven = groups["seven"]["comparisons"]["recovered"] if "seven" in groups else None
-    kept = seven and seven["retained"]
-    interval = seven and [100 * (1 + end / seven["original"]) for end in seven["interval"]]
-    return {"depth": report["effective_depth"], "speed": speed, "kept": kept, "interval": interval, **report}
+    run = {"depth": report["effective_depth"], "speed": speed, "kept": None, **report}
+    if seven:
+        run["kept"] = seven["retained"]
+        run["interval"] = [100 * (1 + end / seven["original"]) for end in seven["interval"]]
+    return run
 
 
 def row(run: dict[str, Any]) -> list[str]:
@@ -65,10 +67,10 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
         axes[0].plot(speeds, kls, style, color=color, label=NAMES[model])
     axes[0].set(ylabel="KL to the original\n[nats per token]", ylim=(0, None))
     axes[0].legend(frameon=False)
-    measured = [run for run in runs if run["kept"]]
-    ends = [[0.0, 0.0], *([run["kept"] - run["interval"][0], run["interval"][1] - run["kept"]] for run in measured)]
+    measured = [run for run in runs if run["kept"] is not None]
+    bars = [[0.0, 0.0], *([run["kept"] - run["interval"][0], run["interval"][1] - run["kept"]] for run in measured)]
     places = [(1.0, 100.0), *((run["speed"]["graph"], run["kept"]) for run in measured)]
-    axes[1].errorbar(*zip(*places, strict=True), yerr=[*zip(*ends, strict=True)], fmt="o-", color=RECOVERED, capsize=3)
+    axes[1].errorbar(*zip(*places, strict=True), yerr=[*zip(*bars, strict=True)], fmt="o-", color=RECOVERED, capsize=3)
     label = "seven tasks, mean\n[% of the original, 95 % interval]"
     axes[1].set(ylabel=label, xlabel="decoding speed, fused [x of the original]")
     for run, place in zip(measured, places[1:], strict=True):

@@ -16,7 +16,7 @@ from lp_train.selection.greedy import Step
 from pair_analysis.sweep import Sweep
 
 WIDTH = 7.2  # inches
-FLOOR, CEILING = 0.01, 10.0  # nats per token: below is noise of few tokens, above the model is ruined either way
+FLOOR, CEILING = 0.01, 10.0  # nats per token: below is noise of few tokens, above it guesses (log of the vocabulary)
 COLOURS = "viridis_r"  # dark is dear; its lightness alone tells the order
 Grid = Mapping[tuple[int, int], float]  # by (start, length)
 
@@ -50,7 +50,7 @@ def intervention_map(found: Mapping[str, Grid]) -> Figure:
         _draw(axis, grid, _scale(found), ticks=8)
         axis.set(title=kind, xlabel="first layer", ylabel="layers in the window")
     lines = axes[len(found)]
-    for (kind, grid), marker in zip(found.items(), "so.^D", strict=False):  # drop's circles show around merge's points
+    for (kind, grid), marker in zip(found.items(), "so.^D", strict=True):  # drop's circles show around merge's points
         best = _cheapest(grid)
         cheapest = [max(grid[start, n], FLOOR) for n, start in best.items()]
         lines.plot(list(best), cheapest, marker=marker, ms=5, mfc="none", lw=1, label=kind)
@@ -96,8 +96,9 @@ def _scale(grids: Mapping[str, Grid]) -> LogNorm:
 
 
 def _colourbar(figure: Figure, axes: list[Axes], label: str, **options: Any) -> None:
-    ticks = [0.01, 0.03, 0.1, 0.3, 1, 3, 10]
-    bar = figure.colorbar(axes[0].collections[0], ax=axes, label=label, extend="both", ticks=ticks, **options)
+    cells = axes[0].collections[0]
+    ticks = [tick for tick in (0.01, 0.03, 0.1, 0.3, 1, 3, 10) if tick <= cells.norm.vmax]
+    bar = figure.colorbar(cells, ax=axes, label=label, extend="both", ticks=ticks, **options)
     bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     bar.ax.minorticks_off()
 
