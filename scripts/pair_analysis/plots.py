@@ -96,9 +96,8 @@ def _scale(grids: Mapping[str, Grid]) -> LogNorm:
 
 
 def _colourbar(figure: Figure, axes: list[Axes], label: str, **options: Any) -> None:
-    cells = axes[0].collections[0]
-    ticks = [tick for tick in (0.01, 0.03, 0.1, 0.3, 1, 3, 10) if tick <= cells.norm.vmax]
-    bar = figure.colorbar(cells, ax=axes, label=label, extend="both", ticks=ticks, **options)
+    bar = figure.colorbar(axes[0].collections[0], ax=axes, label=label, extend="both", **options)
+    ticks = [tick for tick in (0.01, 0.03, 0.1, 0.3, 1, 3, 10) if tick <= bar.ax.get_ylim()[1]]
     bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     bar.ax.minorticks_off()
 
