@@ -145,6 +145,45 @@ def test_result_tables_are_those_of_the_reports(depth: int) -> None:
         assert f"| {' | '.join(best)} |" in document.read_text(), f"{document} lacks the line\n{best}"
 
 
+CONTROLS = {
+    "pairs": "pairs, greedy",
+    "window": "pairs, window",
+    "influence": "dropped, block influence",
+    "block": "dropped, contiguous",
+    "drop": "dropped, second layers",
+    "merge": "merged",
+    "influence_suffix": "dropped, block influence, `lora.scope=suffix`",
+}
+
+
+@pytest.mark.parametrize("depth", [25, 22, 19])
+def test_the_table_of_controls_is_that_of_the_reports(depth: int) -> None:
+    folder = RESULTS / "selection" / "h200_ed22901"
+    files = {name: folder / f"{name}_{depth}.json" for name in CONTROLS}
+    reports = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    assert len(reports) >= 6
+    for name, report in reports.items():
+        cost = report["cost"]
+        cells = [
+            str(report["effective_depth"]),
+            CONTROLS[name],
+            f"{cost['paired']['parameters'] / 1e6:.1f} M",
+            f"{cost['trainable'] / 1e6:.1f} M",
+            f"{cost['paired']['flops_per_token'] / 1e6:.0f}",
+            f"{cost['paired']['kv_bytes_per_token']:,}",
+            *(f"{report[model]['kl']:.3f}" for model in ("paired", "recovered")),
+            f"{report['recovered']['nll']:.3f}",
+        ]
+        assert f"| {' | '.join(cells)} |" in RECIPE.read_text(), cells
+    best = min(reports[name]["recovered"]["kl"] for name in reports if name not in ("pairs", "window"))
+    stated = re.search(
+        r"ends at KLs of (.*?) at depths (.*?) at best.*?pairs end at (.*?)\n", DOCUMENTS[0].read_text(), re.S
+    )
+    place = re.findall(r"\d+", stated[2]).index(str(depth))
+    figures = [re.findall(r"\d\.\d+", stated[part])[place] for part in (1, 3)]
+    assert figures == [f"{best:.3f}", f"{reports['pairs']['recovered']['kl']:.3f}"]
+
+
 def result_row(report: dict) -> str:
     """One run as a line of the result table."""
     cells = [
