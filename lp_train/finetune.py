@@ -47,8 +47,8 @@ from lp_train.distill.healed import HEAL, fit
 from lp_train.distill.trainer import PairedTrainer, peak_memory_gib
 from lp_train.dry_run import dry_run
 from lp_train.errors import UserError, command_line, exit_code, require_package
+from lp_train.evaluation import page, tables
 from lp_train.evaluation import report as reports
-from lp_train.evaluation import tables
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.card import write_card
 from lp_train.evaluation.fidelity import Fidelity, as_it_is
@@ -164,7 +164,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     if state.is_main_process:
         write_report(config, folder, report, trainer)
         track.finish(report, tables.tables(report), folder)
-    say(f"\n{tables.fidelity_table(report)}\n\n{tables.sentence(report)}\n")
+    say(f"\n{page.plain(tables.fidelity_table(report))}\n\n{tables.sentence(report)}\n")
     if progress.answers:
         say(tables.answers(progress.answers) + "\n")
     say(f"report {folder}/report.md and report.html, plots {folder}/plots/, weights {result_folder(config, folder)}/")

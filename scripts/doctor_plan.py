@@ -55,7 +55,8 @@ def show_plan(node: Node) -> None:
     (plan, algebra), costs = plan_of(model), forward_costs(model, config.train["max_length"])
     have, rates = available_gib(where), payoff.rates(model.dtype, where)  # in this order: what it used stays taken
     need, cache = costs["paired"]["parameters"] * model.dtype.itemsize / GIB, costs["paired"]["kv_bytes_per_token"]
-    to_run = f"{need:.1f} GiB and {1000 * cache / GIB:.2f} per 1,000 cached, {have:.1f} there"
+    verdict = "fits" if need < have else "does not fit"
+    to_run = f"{need:.1f} GiB and {1000 * cache / GIB:.2f} per 1,000 cached: {verdict}, of {have:.1f} GiB free here"
     rows = [("this machine", "measured", _device(model.dtype, where, rates)), ("memory to run", "computed", to_run)]
     rows += [("memory to train", "computed", memory(node)[1])]
     saved = 0.0

@@ -32,8 +32,8 @@ from lp_train.data import data_of
 from lp_train.distill.healed import fit
 from lp_train.distill.trainer import peak_memory_gib
 from lp_train.errors import UserError, command_line, exit_code
+from lp_train.evaluation import page, tables
 from lp_train.evaluation import report as reports
-from lp_train.evaluation import tables
 from lp_train.evaluation.bench import Bench
 from lp_train.evaluation.card import write_card
 from lp_train.evaluation.fidelity import as_it_is
@@ -99,7 +99,7 @@ def run(config: Config, tokens: int, overwrite: bool = False) -> dict[str, Any]:
     reports.write(folder / "report.json", reports.as_json(report))
     reports.write_document(folder, report)
     write_card(folder, report, config.model.name_or_path)
-    print(f"\n{tables.fidelity_table(report)}\n\n{tables.sentence(report)}\n")
+    print(f"\n{page.plain(tables.fidelity_table(report))}\n\n{tables.sentence(report)}\n")
     print(f"report {folder}/report.md and report.html, weights {folder}/adapter/")
     return report
 

@@ -90,6 +90,16 @@ def test_gguf_is_the_model_it_was_made_of(
     assert tokenizer.eos_token == tiny_tokenizer.eos_token
 
 
+def test_a_written_folder_is_for_others_to_read(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "shards").mkdir(mode=0o700)
+        (folder / "shards" / "model.safetensors").touch(mode=0o600)
+
+    models.write_folder(tmp_path / "model", write)
+    modes = {path.name: oct(path.stat().st_mode)[-3:] for path in tmp_path.rglob("*")}
+    assert modes == {"model": "755", "shards": "755", "model.safetensors": "644"}
+
+
 def test_what_another_process_has_made_meanwhile_stays(tmp_path: Path) -> None:
     """Two that dequantise at once: the one that is ready later deletes nothing that the other may be reading."""
 
