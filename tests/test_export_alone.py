@@ -95,7 +95,7 @@ def test_the_family_s_own_class_refuses_pairs(name: str, tmp_path: Path) -> None
     export._write_layers(model, tmp_path, "paired", export.SHARD, print)
     same = {
         "attn_implementation": model.config._attn_implementation
-    }  # Transformers 5.18 gives Gemma 2 one without caps
+    }  # 5.18 gives Gemma 2 one without caps
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, **same)
     again.save_pretrained(tmp_path)
     assert error(hf.AutoModelForCausalLM.from_pretrained(tmp_path, **same)(IDS).logits, model(IDS).logits) < 1e-5
