@@ -69,6 +69,6 @@ lp_setup() {
 lp_pytest() {
     local cores
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-    OMP_NUM_THREADS=1 exec pytest -q --durations=10 -n $((cores < 4 ? cores + 1 : 4)) --dist loadfile \
+    OMP_NUM_THREADS=1 exec pytest -q --durations=10 -n $((cores < 4 ? cores + 2 : 4)) --dist loadfile \
         --no-loadscope-reorder "$@"
 }

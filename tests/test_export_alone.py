@@ -93,9 +93,7 @@ def test_the_family_s_own_class_refuses_pairs(name: str, tmp_path: Path) -> None
     """It would run them in order. Ours gives their logits, also saved once more."""
     model = pair_layers(CASES[name].model(), PAIRS)
     export._write_layers(model, tmp_path, "paired", export.SHARD, print)
-    same = {
-        "attn_implementation": model.config._attn_implementation
-    }  # 5.18 gives Gemma 2 one without caps
+    same = {"attn_implementation": model.config._attn_implementation}  # 5.18 gives Gemma 2 one without caps
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, **same)
     again.save_pretrained(tmp_path)
     assert error(hf.AutoModelForCausalLM.from_pretrained(tmp_path, **same)(IDS).logits, model(IDS).logits) < 1e-5
