@@ -59,7 +59,7 @@ def show_plan(node: Node) -> None:
     to_run = f"{need:.1f} GiB and {1000 * cache / GIB:.2f} per 1,000 cached: {verdict}, of {have:.1f} GiB free here"
     rows = [("this machine", "measured", _device(model.dtype, where, rates)), ("memory to run", "computed", to_run)]
     rows += [("memory to train", "computed", memory(node)[1])]
-    saved = 0.0
+    saved = None
     try:
         took = payoff.decoding(model, where, have)
         saved = took.in_order - took.fused
@@ -85,8 +85,9 @@ def _device(dtype: torch.dtype, where: torch.device, rates: payoff.Rates) -> str
     return f"{what}, {str(dtype).removeprefix('torch.')}: {speeds}{note}"
 
 
-def _training(config: Config, model: nn.Module, flops: float, where: torch.device, saved: float) -> list[Line]:
-    """Lines on the time of training at ``flops`` FLOPs per second, and on the tokens that earn it back."""
+def _training(config: Config, model: nn.Module, flops: float, where: torch.device, saved: float | None) -> list[Line]:
+    """Lines on the time of training at ``flops`` FLOPs per second, and on the tokens that earn it back, each with
+    ``saved`` seconds (None: not measured)."""
     steps, tokens = count_steps(config, model.dtype, None), config.train["global_batch_tokens"]
     if steps is None:
         return [("training", "none", "epochs of text that was not read: give train.max_steps for an estimate")]
@@ -94,9 +95,10 @@ def _training(config: Config, model: nn.Module, flops: float, where: torch.devic
     times = {name: work / flops / share for name, share in payoff.SHARES[where.type].items()}
     text = " to ".join(f"{spoken(took)} at {name}" for name, took in times.items())
     rows = [("training", "predicted", f"{steps:,} steps of {tokens:,} tokens: {text} of these products")]
-    if saved > 0:
-        counts = " to ".join(f"{took / saved:,.0f}" for took in times.values())
-        rows.append(("paid back", "predicted", f"after {counts} tokens decoded at batch 1"))
+    if saved is not None:
+        counts = " to ".join(f"{took / saved:,.0f}" for took in times.values()) if saved > 0 else ""
+        back = f"after {counts} tokens decoded at batch 1" if counts else "never here: fused steps are not faster"
+        rows.append(("paid back", "predicted", back))
     return rows
 
 

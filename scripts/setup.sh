@@ -63,8 +63,8 @@ lp_setup() {
     echo "$key" >"$stamp.new" && mv "$stamp.new" "$stamp" && echo "set-up: done"
 }
 
-# A process more than cores, at most four, since many tests wait for programs that they started. A file's tests stay in
-# one, where they share what is slow to make; conftest.py orders them. pytest takes the place of the shell: in the
+# Two processes more than cores, at most four, since many tests wait for programs that they started. A file's tests stay
+# in one, where they share what is slow to make; conftest.py orders them. pytest takes the place of the shell: in the
 # background or a pipe, or as the last command.
 lp_pytest() {
     local cores

@@ -109,9 +109,10 @@ def test_a_saved_second_pays_training_back(config: str) -> None:
     took = doctor_plan.step_flops(model, loaded, [64]).total(1, 1) * 4 * 256 / 1e6
     assert training.startswith(f"4 steps of 256 tokens: {doctor_plan.spoken(took / 0.6)} at 60 %")
     assert (name, back) == ("paid back", f"after {took / 0.6 / 0.5:,.0f} tokens decoded at batch 1")
+    assert "never here" in doctor_plan._training(loaded, model, 1e6, CPU, saved=0.0)[-1][-1]
     *_, (_, _, on_a_gpu) = doctor_plan._training(loaded, model, 1e6, torch.device("cuda"), saved=0.5)
     assert on_a_gpu == f"after {took / 0.68 / 0.5:,.0f} to {took / 0.29 / 0.5:,.0f} tokens decoded at batch 1"
-    assert len(doctor_plan._training(loaded, model, 1e6, CPU, saved=0.0)) == 1
+    assert len(doctor_plan._training(loaded, model, 1e6, CPU, saved=None)) == 1
 
 
 @pytest.mark.parametrize(
