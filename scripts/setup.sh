@@ -63,12 +63,12 @@ lp_setup() {
     echo "$key" >"$stamp.new" && mv "$stamp.new" "$stamp" && echo "set-up: done"
 }
 
-# Two processes more than cores, at most four, since many tests wait for programs that they started. A file's tests stay
-# in one, where they share what is slow to make; conftest.py orders them. pytest takes the place of the shell: in the
+# A process more than cores, at most four, since many tests wait for programs that they started. A file's tests stay in
+# one, where they share what is slow to make; conftest.py orders them. pytest takes the place of the shell: in the
 # background or a pipe, or as the last command.
 lp_pytest() {
     local cores
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-    OMP_NUM_THREADS=1 exec pytest -q --durations=10 -n $((cores < 4 ? cores + 2 : 4)) --dist loadfile \
+    OMP_NUM_THREADS=1 exec pytest -q --durations=10 -n $((cores < 4 ? cores + 1 : 4)) --dist loadfile \
         --no-loadscope-reorder "$@"
 }
