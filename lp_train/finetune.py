@@ -131,7 +131,7 @@ def recover(config: Config, plan: PairPlan | None, folder: Path, state: PartialS
     checkpoint = checkpoint_to_resume(folder, model, state, resume)
     extra |= start_adapters(model, bench, adapter, args.per_device_train_batch_size, fitted=checkpoint is not None)
     trainable, everything = count_parameters(model)
-    say(f"trains {trainable:,} of {everything:,} parameters")
+    say(f"trains {trainable:,} of {everything:,} parameters; the original and the untuned pairs are measured first")
 
     # all is good: the folder becomes this run's
     extra["cost"] = forward_costs(model, config.train["max_length"])

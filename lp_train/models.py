@@ -38,8 +38,9 @@ def write_folder(target: Path, write: Callable[[Path], Any], keep: bool = False)
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as made:
             write(Path(made))
-            for path in (Path(made), *Path(made).rglob("*")):  # made for the owner alone, as safetensors' files are
-                path.chmod(0o755 if path.is_dir() else 0o644)
+            os.umask(mask := os.umask(0o022))  # as if made plainly: safetensors' files are the owner's alone
+            for path in (Path(made), *Path(made).rglob("*")):
+                path.chmod(path.stat().st_mode | (0o777 if path.is_dir() else 0o666) & ~mask)
             if keep and target.exists():
                 return False
             shutil.rmtree(target, ignore_errors=True)

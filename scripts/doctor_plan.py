@@ -56,7 +56,7 @@ def show_plan(node: Node) -> None:
     have, rates = available_gib(where), payoff.rates(model.dtype, where)  # in this order: what it used stays taken
     need, cache = costs["paired"]["parameters"] * model.dtype.itemsize / GIB, costs["paired"]["kv_bytes_per_token"]
     verdict = "fits" if need < have else "does not fit"
-    to_run = f"{need:.1f} GiB and {1000 * cache / GIB:.2f} per 1,000 cached: {verdict}, of {have:.1f} GiB free here"
+    to_run = f"{need:.1f} GiB and {1000 * cache / GIB:.2f} per 1,000 cached: {verdict}, of {have:.1f} here"
     rows = [("this machine", "measured", _device(model.dtype, where, rates)), ("memory to run", "computed", to_run)]
     rows += [("memory to train", "computed", memory(node)[1])]
     saved = None
@@ -96,8 +96,10 @@ def _training(config: Config, model: nn.Module, flops: float, where: torch.devic
     text = " to ".join(f"{spoken(took)} at {name}" for name, took in times.items())
     rows = [("training", "predicted", f"{steps:,} steps of {tokens:,} tokens: {text} of these products")]
     if saved is not None:
-        counts = " to ".join(f"{took / saved:,.0f}" for took in times.values()) if saved > 0 else ""
-        back = f"after {counts} tokens decoded at batch 1" if counts else "never here: fused steps are not faster"
+        back = "never here: fused steps are not faster"
+        if saved > 0:
+            counts = " to ".join(f"{took / saved:,.0f}" for took in times.values())
+            back = f"after {counts} tokens decoded at batch 1"
         rows.append(("paid back", "predicted", back))
     return rows
 

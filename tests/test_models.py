@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,14 +91,25 @@ def test_gguf_is_the_model_it_was_made_of(
     assert tokenizer.eos_token == tiny_tokenizer.eos_token
 
 
-def test_a_written_folder_is_for_others_to_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mask", "folders", "files", "programs"),
+    [(0o022, "755", "644", "744"), (0o002, "775", "664", "764"), (0o077, "700", "600", "700")],
+)
+def test_a_written_folder_is_for_those_to_read_for_whom_files_are(
+    mask: int, folders: str, files: str, programs: str, tmp_path: Path
+) -> None:
     def write(folder: Path) -> None:
         (folder / "shards").mkdir(mode=0o700)
         (folder / "shards" / "model.safetensors").touch(mode=0o600)
+        (folder / "job.sbatch").touch(mode=0o700)
 
-    models.write_folder(tmp_path / "model", write)
+    before = os.umask(mask)
+    try:
+        models.write_folder(tmp_path / "model", write)
+    finally:
+        assert os.umask(before) == mask
     modes = {path.name: oct(path.stat().st_mode)[-3:] for path in tmp_path.rglob("*")}
-    assert modes == {"model": "755", "shards": "755", "model.safetensors": "644"}
+    assert modes == {"model": folders, "shards": folders, "model.safetensors": files, "job.sbatch": programs}
 
 
 def test_what_another_process_has_made_meanwhile_stays(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def memory(node: Node) -> Finding:
     kind = KINDS.get(engine.asked(), "ddp")
     need = sum(memory_per_gpu(model, config, kind, state.num_processes, rows, how).values())
     have = available_gib(state.device)
-    text = f"{need:.1f} GiB by the estimate of --dry-run ({kind}), {have:.1f} there"
+    text = f"{need:.1f} GiB by the estimate of --dry-run ({kind}), of {have:.1f} here"
     if need < 0.9 * have:
         return "ok", text
     remedy = "set train.gradient_checkpointing=true, a smaller train.per_device_train_batch_size, or shard by FSDP2"

@@ -33,7 +33,6 @@ class Progress:
 
     def before(self, model: nn.Module) -> None:
         """The original, and what pairing costs."""
-        say("measuring the original and the untuned pairs on held-out text")
         self.figures = self.bench.measure(model, {"paired": adapters_off})
         original, paired = self.figures["sequential"], self.figures["paired"]
         say(f"held-out nll: original {original.nll:.4f}, paired {paired.nll:.4f} (kl {paired.kl:.4f})")
