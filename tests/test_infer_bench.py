@@ -133,6 +133,9 @@ def test_bytes_of_a_step() -> None:
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["infer", *SMALL, "--modes", "graph"]) == 2
     assert "a CUDA graph needs a GPU" in capsys.readouterr().err
+    assert bench.main(["infer", *SMALL, "--modes", "eager", "--pairs", "2:6", "4:60"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()  # before the first cell
+    assert "4:60" in line
     with pytest.raises(SystemExit):
         options("--modes", "fast")
     assert "'fast' is unknown; use some of eager,compile,tuned,graph" in capsys.readouterr().err
@@ -209,12 +212,13 @@ def test_a_run_s_fused_model_drafts_for_its_original(run: Path, capsys: pytest.C
 
 
 def test_a_run_is_measured_in_order_as_trained_and_fused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--contexts", "8", "--batches", "1", "--repeats", "2", "--dtype", "float32"]
+    sizes = ["--contexts", "8", "--batches", "1", "--repeats", "2"]
     assert bench.main(["infer", "--model", str(run), "--modes", "eager", "--parts", "decode", *sizes]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     depths = [(cell["form"], cell["pairs"], cell["layers"]) for cell in found["cells"]]
     plan = str(PairPlan.parse("2:6", num_layers=6))
     assert depths == [("sequential", None, 6), ("paired", plan, 6), ("fused", plan, 4)]
+    assert found["case"]["dtype"] == "float32"  # of a CPU
     assert all(cell["ms"] > 0 for cell in found["cells"])
 
 

@@ -67,6 +67,7 @@ Cell = dict[str, Any]
 def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Measures every cell that the options name; each line of ``options.out`` is one, written when it is done."""
     where = _device()
+    options.dtype = options.dtype or ("bfloat16" if where.type == "cuda" else "float32")
     if "graph" in options.modes and where.type != "cuda":
         raise UserError("--modes graph: a CUDA graph needs a GPU, and this is a CPU; use eager or compile")
     keep = appender(options.out) if options.out else lambda line: None
@@ -154,29 +155,30 @@ def _of_run(options: Options, where: torch.device) -> Iterator[Form]:
 
 def _whole(options: Options, where: torch.device) -> Iterator[Form]:
     model = _original(options, where)
+    plans = _plans(options, len(decoder_of(model).layers))
     yield "sequential", None, model
-    for pairs in _pairs(options, len(decoder_of(model).layers)):
-        yield from _paired(model, pairs)
+    for pairs, plan in plans.items():
+        yield from _paired(model, pairs, plan)
         unpair_layers(model)
 
 
-def _paired(model: nn.Module, pairs: Any) -> Iterator[Form]:
-    pair_layers(model, PairPlan.parse(pairs, num_layers=len(decoder_of(model).layers)))
-    yield "paired", str(pairs), model
-    yield "fused", str(pairs), fuse(model)
+def _paired(model: nn.Module, pairs: str, plan: PairPlan) -> Iterator[Form]:
+    pair_layers(model, plan)
+    yield "paired", pairs, model
+    yield "fused", pairs, fuse(model)
 
 
 def _sharded(options: Options, where: torch.device, wanted: list[str]) -> Iterator[Form]:
     """Transformers' own tensor parallelism. Each process makes the whole model from one seed and keeps its shards."""
     model = _original(options, where)
-    sizes = _pairs(options, len(decoder_of(model).layers))
+    plans = _plans(options, len(decoder_of(model).layers))
     if "sequential" in wanted:
         yield "sequential", None, _shard(model)
-    for pairs in sizes if "fused" in wanted else ():
+    for pairs, plan in plans.items() if "fused" in wanted else ():
         del model
         gc.collect()
-        _, _, model = list(_paired(_original(options, where), pairs))[-1]
-        yield "fused", str(pairs), _shard(model)
+        _, _, model = list(_paired(_original(options, where), pairs, plan))[-1]
+        yield "fused", pairs, _shard(model)
 
 
 def _shard(model: Any) -> nn.Module:
@@ -184,6 +186,11 @@ def _shard(model: Any) -> nn.Module:
     sharded = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), **how).eval()
     sharded.generation_config = model.generation_config
     return sharded
+
+
+def _plans(options: Options, layers: int) -> dict[str, PairPlan]:
+    """Read before anything is measured: what is wrong with one is said at once."""
+    return {str(pairs): PairPlan.parse(pairs, num_layers=layers) for pairs in _pairs(options, layers)}
 
 
 def _pairs(options: Options, layers: int) -> list[Any]:
@@ -291,7 +298,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--repeats", type=int, default=30, help="default %(default)s")
     command.add_argument("--layers", type=int)
     command.add_argument("--vocab", type=int)
-    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32")
     command.add_argument("--profile", action="store_true", help="also the time of each kernel of a decoding step")
     command.add_argument("--out", type=Path, help="file.jsonl; a line is appended when a cell is done; and file.png")
 
