@@ -83,11 +83,34 @@ def test_files_of_several_calls_become_one_table(tmp_path: Path) -> None:
     (found,) = infer_table.read([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
     cells = {(cell["form"], cell["pairs"], cell["layers"]): cell for cell in found["cells"]}
     assert list(cells) == [("sequential", None, 6), ("fused", "2:4", 5), ("fused", "2:6", 4)]
-    later = [json.loads(line)["cell"]["ms"] for line in (tmp_path / "b.jsonl").read_text().splitlines()]
-    assert [cell["ms"] for cell in cells.values()] == later
-    assert [cell["speedup"] for cell in cells.values()] == [later[0] / ms for ms in later]
+    rounds = [
+        [json.loads(line)["cell"]["ms"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("a", "b")
+    ]
+    assert [cell["rounds_ms"] for cell in cells.values()] == [list(both) for both in zip(*rounds, strict=True)]
+    assert [cell["ms"] for cell in cells.values()] == [min(both) for both in zip(*rounds, strict=True)]
+    ratios = [[of_round[0] / ms for ms in of_round] for of_round in rounds]
+    means = [sum(both) / 2 for both in zip(*ratios, strict=True)]
+    assert [cell["speedup"] for cell in cells.values()] == pytest.approx(means)
     predicted = {line["layers"] for line in predict.predict(found["cells"])}
     assert predicted == {5, 4}  # every plan beside the one model in order
+
+
+def test_forms_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cells.jsonl"
+    sizes = ["--contexts", "8", "--batches", "1", "--rounds", "3", "--out", str(out)]
+    assert (
+        bench.main(["infer", *TINY, *sizes, "--modes", "eager", "--parts", "decode", "--forms", "sequential,fused"])
+        == 0
+    )
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    written = [json.loads(line)["cell"] for line in out.read_text().splitlines()]
+    assert [cell["form"] for cell in written] == 3 * ["sequential", "fused"]
+    fused = found["cells"][1]
+    assert fused["rounds_ms"] == [cell["ms"] for cell in written[1::2]]
+    assert fused["ms"] == sorted(fused["rounds_ms"])[1]
+    ratios = sorted(alone["ms"] / beside["ms"] for alone, beside in zip(written[::2], written[1::2], strict=True))
+    assert fused["speedup"] == ratios[1]
 
 
 def test_the_forms_are_what_they_are_called_and_share_their_weights() -> None:

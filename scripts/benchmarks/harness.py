@@ -31,7 +31,7 @@ def run(config: Config, repeats: int, say: Callable[[str], None]) -> dict[str, A
 
     ``harness``: both variants in one run, from texts to log-likelihoods (building the prompts is ``build_seconds``).
     ``decoder`` and ``logits``: the same batches through the bare decoder, and through the model to all logits.
-    Everything is warm: of each measurement the best of ``repeats``.
+    Everything is warm: of each measurement the best of ``repeats``, which take turns.
     """
     state = PartialState(cpu=models.device().type == "cpu")
     dtype = models.resolve_dtype(config.model.dtype, state.device)
@@ -85,20 +85,22 @@ def _measure(
                 run(input_ids=batch.input_ids.to(state.device), use_cache=False)
 
     def seconds(call: Callable[[], Any]) -> float:
-        taken = []
-        for _ in range(repeats + 1):  # the first one warms up
-            started = time.perf_counter()
-            call()
-            if state.device.type == "cuda":
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - started)
-        return min(taken[1:])
+        started = time.perf_counter()
+        call()
+        if state.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
 
-    tokens, names = recorder.tokens, list(VARIANTS)
-    both = 2 * tokens / seconds(lambda: harness(VARIANTS))
-    alone = {name: seconds(functools.partial(harness, {name: VARIANTS[name]})) for name in names}
-    decoder = {name: seconds(functools.partial(bare, VARIANTS[name], False)) for name in names}
-    logits = {name: seconds(functools.partial(bare, VARIANTS[name], True)) for name in names}
+    tokens = recorder.tokens
+    calls: dict[Any, Callable[[], Any]] = {"both": lambda: harness(VARIANTS)}
+    for name, variant in VARIANTS.items():
+        calls["alone", name] = functools.partial(harness, {name: variant})
+        calls["decoder", name] = functools.partial(bare, variant, False)
+        calls["logits", name] = functools.partial(bare, variant, True)
+    rounds = [{key: seconds(call) for key, call in calls.items()} for _ in range(repeats + 1)]  # the first warms up
+    best = {key: min(times[key] for times in rounds[1:]) for key in calls}
+    both = 2 * tokens / best["both"]
+    alone, decoder, logits = ({n: best[what, n] for n in VARIANTS} for what in ("alone", "decoder", "logits"))
     return {
         "items": sum(len(built.docs) for built in suite.tasks.values()),
         "requests": len(instances),

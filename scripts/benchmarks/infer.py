@@ -65,7 +65,11 @@ Cell = dict[str, Any]
 
 
 def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measures every cell that the options name; each line of ``options.out`` is one, written when it is done."""
+    """Measures every cell that the options name; each line of ``options.out`` is one, written when it is done.
+
+    With several ``options.rounds`` all forms are measured in turn as often: eager steps wait for the host, whose speed
+    changes within minutes where others work on it too.
+    """
     where = _device()
     options.dtype = options.dtype or ("bfloat16" if where.type == "cuda" else "float32")
     if "graph" in options.modes and where.type != "cuda":
@@ -73,18 +77,22 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     keep = appender(options.out) if options.out else lambda line: None
     found: dict[str, Any] = {**origin(where), "case": _case(options), "copy_gb_per_second": copy_speed(where)}
     cells: list[Cell] = []
-    with torch.no_grad():
-        for form, pairs, model in forms(options, where):
-            for mode in options.modes:
-                for cell in measure(model, mode, options, where):
-                    cell = {"form": form, "pairs": pairs, "mode": mode, **cell}
-                    _add_rates(cell, found["copy_gb_per_second"])
-                    cells.append(cell)
-                    if RANK == 0:
-                        say(infer_table.line(cell))
-                        keep({**found, "cell": cell})
-    infer_table.compare(cells)
-    return {**found, "cells": cells}
+    for _ in range(options.rounds):
+        for cell in _round(options, where):
+            _add_rates(cell, found["copy_gb_per_second"])
+            cells.append(cell)
+            if RANK == 0:
+                say(infer_table.line(cell))
+                keep({**found, "cell": cell})
+    return {**found, "cells": infer_table.merged(cells)}
+
+
+@torch.no_grad()
+def _round(options: Options, where: torch.device) -> Iterator[Cell]:
+    for form, pairs, model in forms(options, where):
+        for mode in options.modes:
+            for cell in measure(model, mode, options, where):
+                yield {"form": form, "pairs": pairs, "mode": mode, **cell}
 
 
 def _device() -> torch.device:
@@ -296,6 +304,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--contexts", type=_integers, default=[512, 4096, 16384])
     command.add_argument("--tokens", type=int, default=512, help="of generate; default %(default)s")
     command.add_argument("--repeats", type=int, default=30, help="default %(default)s")
+    command.add_argument("--rounds", type=int, default=1, help="all of it so often, forms in turn; default %(default)s")
     command.add_argument("--layers", type=int)
     command.add_argument("--vocab", type=int)
     command.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32")

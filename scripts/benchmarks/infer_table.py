@@ -9,7 +9,9 @@ code are one table; a ratio is only inside one.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,27 @@ KEY = ("mode", "what", "batch", "context")
 SPOKEN = {"graph": "CUDA graph", "compile": "compiled", "eager": "eager", "tuned": "compiled, tuned"}
 
 
-def compare(cells: list[dict[str, Any]]) -> None:
-    """Sets ``speedup``: how many times as fast as the sequential model in the same mode; None where it was not run."""
-    reference = {tuple(c[k] for k in KEY): c.get("ms") for c in cells if c["form"] == "sequential"}
+def merged(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A cell for each that was measured, of several rounds the one in the middle, ``rounds_ms`` the time of each.
+
+    ``speedup``: how many times as fast as the sequential model in the same mode and round, the median over the rounds;
+    None where it was not run.
+    """
+    rounds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for cell in cells:
-        theirs, ours = reference.get(tuple(cell[k] for k in KEY)), cell.get("ms")
-        cell["speedup"] = theirs / ours if theirs and ours else None
+        rounds.setdefault(tuple(cell.get(name) for name in ("form", "pairs", *KEY)), []).append(cell)
+    found = [_middle(of_one) for of_one in rounds.values()]
+    alone = {tuple(c[k] for k in KEY): c["rounds_ms"] for c in found if c["form"] == "sequential"}
+    for cell in found:
+        ratios = [a / b for a, b in zip(alone.get(tuple(cell[k] for k in KEY), []), cell["rounds_ms"], strict=False)]
+        cell["speedup"] = statistics.median(ratios) if ratios else None
+    return found
+
+
+def _middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    times = [cell["ms"] for cell in rounds if "ms" in cell]
+    middle = statistics.median_low(times) if times else None
+    return next(cell for cell in rounds if cell.get("ms") == middle) | {"rounds_ms": times}
 
 
 def line(cell: dict[str, Any]) -> str:
@@ -82,18 +99,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def read(paths: list[Path]) -> list[dict[str, Any]]:
-    """What :func:`benchmarks.infer.run` returned, from its lines; a cell measured again counts once, the later time."""
-    merged: dict[str, dict[str, Any]] = {}
+    """What :func:`benchmarks.infer.run` returned, from its lines; a cell measured again is one more round of it."""
+    runs: dict[str, dict[str, Any]] = {}
     for line in (line for path in paths for line in path.read_text().splitlines()):
         found = json.loads(line)
         cell, case = found.pop("cell"), found["case"]
         key = json.dumps([*(found[name] for name in SAME), case["shape"], case["model"], case["dtype"]])
-        cells = merged.setdefault(key, {**found, "cells": {}})["cells"]
-        cells[tuple(cell.get(name) for name in ("form", "pairs", "what", *KEY))] = cell
-    runs = [{**found, "cells": list(found["cells"].values())} for found in merged.values()]
-    for found in runs:
-        compare(found["cells"])
-    return runs
+        runs.setdefault(key, {**found, "cells": []})["cells"].append(cell)
+    return [{**found, "cells": merged(found["cells"])} for found in runs.values()]
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _local_bytes(tensor: Tensor) -> int:
     return local.numel() * local.element_size()
 
 
-def kernels(step: Callable[[], Any], most: int = 12) -> dict[str, Any]:
+def kernels(step: Callable[[], Any], most: int = 20) -> dict[str, Any]:
     """Where the time of one step goes on the device: ms in all-reduces (waiting for other ranks included) and how many
     there are, ms in all other kernels, and the longest kernels."""
     with torch.profiler.profile() as profile:

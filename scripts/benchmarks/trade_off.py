@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import infer_table
 from benchmarks.table import cell, markdown, plot_of_runs, plt, save
 from lp_train.errors import UserError
 from lp_train.evaluation.plots import NAMES, PAIRED, RECOVERED
@@ -30,17 +31,17 @@ def read(folder: Path) -> dict[str, Any]:
     """
     try:
         report = json.loads((folder / "report.json").read_text())
-        cells = [json.loads(line)["cell"] for line in (folder / "infer.jsonl").read_text().splitlines()]
+        cells = [cell for run in infer_table.read([folder / "infer.jsonl"])[-1:] for cell in run["cells"]]
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; the module's help says what writes it") from None
-    ms = {(c["mode"], c["form"]): c["ms"] for c in cells if c["what"] == "decode" and "ms" in c}
+    fused = [cell for cell in cells if cell["form"] == "fused" and cell["what"] == "decode" and cell["speedup"]]
+    speed = {cell["mode"]: cell["speedup"] for cell in fused}
     if len({(c["batch"], c["context"]) for c in cells}) > 1:
         raise UserError(f"{folder}/infer.jsonl: several batches or contexts; measure one of each")
-    if ("graph", "fused") not in ms:
+    if "graph" not in speed:
         raise UserError(
             f"{folder}/infer.jsonl: no decoding of the fused model as a CUDA graph; run infer as in the help"
         )
-    speed = {mode: ms[mode, "sequential"] / ms[mode, "fused"] for mode in ("graph", "eager") if (mode, "fused") in ms}
     tasks = folder / "evaluation.json"
     groups = json.loads(tasks.read_text())["groups"] if tasks.exists() else {}
     seven = groups["seven"]["comparisons"]["recovered"] if "seven" in groups else None
