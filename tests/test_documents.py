@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import trade_off
+from benchmarks import infer_table, trade_off
 from lp_train.config import load_config
 from lp_train.evaluation import plots
 from lp_train.finetune import main
@@ -240,14 +240,13 @@ def of_shape(file: Path, shape: str) -> bool:
 
 
 def speed_ups(files: list[Path], pairs: int, mode: str, what: str) -> list[str]:
-    """In order over fused at batch 1 and a file's shortest context, both of one process."""
+    """Of in order over fused at batch 1 and a file's shortest context, each file one run."""
     found = []
-    for file in files:
-        cells = [json.loads(line)["cell"] for line in file.open()]
-        cells = [cell for cell in cells if (cell["batch"], cell["mode"], cell["what"]) == (1, mode, what)]
+    for run in (run for file in files for run in infer_table.read([file])):
+        cells = [c for c in run["cells"] if (c["batch"], c["mode"], c["what"]) == (1, mode, what)]
         cells = [cell for cell in cells if cell["context"] == min(cell["context"] for cell in cells)]
-        whole = [cell for cell in cells if cell["form"] == "sequential"]
-        found += [f"{a['ms'] / b['ms']:.2f}" for a in whole for b in cells if a["layers"] - b["layers"] == pairs]
+        depth = max((cell["layers"] for cell in cells), default=0)
+        found += [f"{cell['speedup']:.2f}" for cell in cells if cell["layers"] == depth - pairs and cell["speedup"]]
     return found
 
 

@@ -65,10 +65,14 @@ def test_a_run_that_was_ended_goes_on_bitwise(
     assert_same_run(program.run(name, "--resume", processes=processes), expected)
 
 
-def test_a_signal_in_an_evaluation_leaves_it_to_the_next_run(program: Program, whole: Path) -> None:
-    long = (*LONG_EVALUATION, "train.save_steps=12")
-    expected = program.run("long", *long)
-    (started,) = program.start("cut", *long)
+@pytest.fixture(scope="module")
+def long(program: Program) -> Path:
+    return program.run("long", *LONG_EVALUATION)
+
+
+def test_a_signal_in_an_evaluation_leaves_it_to_the_next_run(program: Program, long: Path) -> None:
+    seldom = (*LONG_EVALUATION, "train.save_steps=12")
+    (started,) = program.start("cut", *seldom)
     until(started, "step 3/12")
     started.send_signal(signal.SIGTERM)
     codes, output = ends([started])
@@ -77,18 +81,17 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_next_run(program: Program, w
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
     assert json.loads((folder / "checkpoint-3" / "totals.json").read_text())["evaluation_due"]
     assert not evaluations(folder)
-    assert_same_run(program.run("cut", "--resume", *long), expected)
+    assert_same_run(program.run("cut", "--resume", *seldom), long)
 
 
-def test_a_kill_in_an_evaluation_leaves_the_last_checkpoint(program: Program) -> None:
-    expected = program.run("long2", *LONG_EVALUATION)
+def test_a_kill_in_an_evaluation_leaves_the_last_checkpoint(program: Program, long: Path) -> None:
     (started,) = program.start("cut2", *LONG_EVALUATION)
     until(started, "step 3/12")
     started.kill()
     assert ends([started])[0] == [-9]
     folder = program.folder / "cut2"
     assert newest_whole(folder, print) == folder / "checkpoint-2" and not evaluations(folder)
-    assert_same_run(program.run("cut2", "--resume", *LONG_EVALUATION), expected)
+    assert_same_run(program.run("cut2", "--resume", *LONG_EVALUATION), long)
 
 
 def test_a_kill_in_saving_leaves_the_checkpoint_before(program: Program, whole: Path) -> None:
