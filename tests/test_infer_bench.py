@@ -64,7 +64,7 @@ def test_the_command_measures_every_cell(
     keys = ("form", "mode", "what", "batch", "context")
     assert {tuple(cell[k] for k in keys) for cell in found["cells"]} == expected
     assert all(cell["ms"] > 0 and cell["speedup"] > 0 for cell in found["cells"])
-    assert all(("kernels_ms" in cell) == (cell["what"] == "decode") for cell in found["cells"])
+    assert all(("kernels" in cell) == (cell["what"] == "decode") for cell in found["cells"])
     assert all((cell["of_copy"] is not None) == (cell["what"] == "decode") for cell in found["cells"])
     assert [json.loads(line)["cell"]["form"] for line in out.read_text().splitlines()][-1] == "fused"
     assert (tmp_path / "cells.png").stat().st_size > 0
@@ -88,12 +88,32 @@ def test_files_of_several_calls_become_one_table(tmp_path: Path) -> None:
         for name in ("a", "b")
     ]
     assert [cell["rounds_ms"] for cell in cells.values()] == [list(both) for both in zip(*rounds, strict=True)]
-    assert [cell["ms"] for cell in cells.values()] == [min(both) for both in zip(*rounds, strict=True)]
+    middles = [sum(both) / 2 for both in zip(*rounds, strict=True)]
+    assert [cell["ms"] for cell in cells.values()] == pytest.approx(middles)
+    assert [cell["tokens_per_second"] for cell in cells.values()] == pytest.approx([1e3 / ms for ms in middles])
     ratios = [[of_round[0] / ms for ms in of_round] for of_round in rounds]
     means = [sum(both) / 2 for both in zip(*ratios, strict=True)]
     assert [cell["speedup"] for cell in cells.values()] == pytest.approx(means)
     predicted = {line["layers"] for line in predict.predict(found["cells"])}
     assert predicted == {5, 4}  # every plan beside the one model in order
+
+
+def measured(form: str, ms: float | None, turn: int | None, pairs: str | None = None) -> dict[str, Any]:
+    key = {"mode": "eager", "what": "decode", "batch": 1, "context": 8, "form": form, "pairs": pairs}
+    time = {"error": "out of memory"} if ms is None else {"ms": ms}
+    return key | time | ({} if turn is None else {"round": turn})
+
+
+def test_a_ratio_is_of_one_round() -> None:
+    out_of_memory = [("sequential", 10.0, 0), ("fused", None, 0), ("sequential", 20.0, 1), ("fused", 10.0, 1)]
+    _, fused = infer_table.merged(measured(*cell) for cell in out_of_memory)
+    assert (fused["ms"], fused["speedup"], fused["rounds_ms"]) == (10.0, 2.0, [10.0])
+    plans = [measured("sequential", 10.0, 0), measured("fused", 8.0, 0, "2:4")]
+    plans += [measured("sequential", 20.0, 1), measured("fused", 16.0, 1, "2:6")]
+    assert [cell["speedup"] for cell in infer_table.merged(plans)[1:]] == [1.25, 1.25]
+    assert infer_table.merged([measured("fused", None, 0)])[0]["speedup"] is None
+    old = [measured("sequential", 10.0, None), measured("fused", 5.0, None), measured("fused", 4.0, None, "2:6")]
+    assert [cell["speedup"] for cell in infer_table.merged(old)] == [1.0, 2.0, 2.5]
 
 
 def test_forms_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +131,15 @@ def test_forms_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert fused["ms"] == sorted(fused["rounds_ms"])[1]
     ratios = sorted(alone["ms"] / beside["ms"] for alone, beside in zip(written[::2], written[1::2], strict=True))
     assert fused["speedup"] == ratios[1]
+
+
+def test_generation_is_warm_after_its_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmups: list[int] = []
+    monkeypatch.setattr(infer, "MET", set())
+    monkeypatch.setattr(infer, "timed", lambda *_, warmup=3: warmups.append(warmup) or 1.0)
+    sizes = ["--contexts", "8", "--batches", "1", "--rounds", "2", "--forms", "sequential,fused"]
+    infer.run(options(*sizes, "--modes", "eager", "--parts", "generate"), lambda text: None)
+    assert warmups == [1, 1, 0, 0]
 
 
 def test_the_forms_are_what_they_are_called_and_share_their_weights() -> None:
@@ -160,6 +189,9 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = capsys.readouterr().err.splitlines()  # before the first cell
     assert "4:60" in line
     with pytest.raises(SystemExit):
+        options("--rounds", "0")
+    assert "0 is no number of rounds; give 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         options("--modes", "fast")
     assert "'fast' is unknown; use some of eager,compile,tuned,graph" in capsys.readouterr().err
 
@@ -200,13 +232,15 @@ def test_the_prediction_is_its_formula() -> None:
 
 def test_the_prediction_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "x.jsonl"
-    cells = [decode("sequential", 8.0, 32), decode("fused", 7.0, 25)]
-    file.write_text("".join(json.dumps({"cell": cell}) + "\n" for cell in cells))
+    stored = (Path(__file__).parents[1] / "recipes/benchmarks/results/infer_h200/3b.jsonl").read_text().splitlines()
+    file.write_text("\n".join(stored))
     assert bench.main(["predict", str(file)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("PREDICTED, not measured")
-    assert len(json.loads(text.splitlines()[-1])["predicted"]) == 7
-    file.write_text(json.dumps({"cell": cells[0]}))
+    assert len(json.loads(text.splitlines()[-1])["predicted"]) == 7 * len(
+        {json.loads(x)["cell"]["mode"] for x in stored}
+    )
+    file.write_text(stored[0])
     assert bench.main(["predict", str(file)]) == 2
     assert bench.main(["predict", str(tmp_path / "none.jsonl")]) == 2
 

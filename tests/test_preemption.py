@@ -71,6 +71,7 @@ def long(program: Program) -> Path:
 
 
 def test_a_signal_in_an_evaluation_leaves_it_to_the_next_run(program: Program, long: Path) -> None:
+    """Saving less often than the run that it is compared with, which moves nothing either."""
     seldom = (*LONG_EVALUATION, "train.save_steps=12")
     (started,) = program.start("cut", *seldom)
     until(started, "step 3/12")

@@ -93,14 +93,13 @@ def _measure(
 
     tokens = recorder.tokens
     calls: dict[Any, Callable[[], Any]] = {"both": lambda: harness(VARIANTS)}
-    for name, variant in VARIANTS.items():
-        calls["alone", name] = functools.partial(harness, {name: variant})
-        calls["decoder", name] = functools.partial(bare, variant, False)
-        calls["logits", name] = functools.partial(bare, variant, True)
+    calls |= {("alone", name): functools.partial(harness, {name: variant}) for name, variant in VARIANTS.items()}
+    for what, logits in (("decoder", False), ("logits", True)):
+        calls |= {(what, name): functools.partial(bare, variant, logits) for name, variant in VARIANTS.items()}
     rounds = [{key: seconds(call) for key, call in calls.items()} for _ in range(repeats + 1)]  # the first warms up
     best = {key: min(times[key] for times in rounds[1:]) for key in calls}
     both = 2 * tokens / best["both"]
-    alone, decoder, logits = ({n: best[what, n] for n in VARIANTS} for what in ("alone", "decoder", "logits"))
+    alone, decoder, whole = ({n: best[what, n] for n in VARIANTS} for what in ("alone", "decoder", "logits"))
     return {
         "items": sum(len(built.docs) for built in suite.tasks.values()),
         "requests": len(instances),
@@ -108,9 +107,9 @@ def _measure(
         "harness": both,
         "harness_alone": {name: tokens / value for name, value in alone.items()},
         "decoder": 2 * tokens / sum(decoder.values()),
-        "logits": 2 * tokens / sum(logits.values()),
+        "logits": 2 * tokens / sum(whole.values()),
         "of_decoder": both * sum(decoder.values()) / (2 * tokens),
-        "of_logits": both * sum(logits.values()) / (2 * tokens),
+        "of_logits": both * sum(whole.values()) / (2 * tokens),
         "paired_over_sequential": {
             "harness": alone["paired"] / alone["sequential"],
             "decoder": decoder["paired"] / decoder["sequential"],

@@ -59,6 +59,7 @@ FORMS, MODES, PARTS = (
     ("prefill", "decode", "generate"),
 )
 MOST_PREFILLED = 2**17  # tokens; a batch of 8 rows of 16,384
+MET: set[tuple[Any, ...]] = set()  # what this process has measured eagerly once: its lengths are planned
 
 Options = argparse.Namespace
 Cell = dict[str, Any]
@@ -71,14 +72,15 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     changes within minutes where others work on it too.
     """
     where = _device()
-    options.dtype = options.dtype or ("bfloat16" if where.type == "cuda" else "float32")
     if "graph" in options.modes and where.type != "cuda":
         raise UserError("--modes graph: a CUDA graph needs a GPU, and this is a CPU; use eager or compile")
     keep = appender(options.out) if options.out else lambda line: None
     found: dict[str, Any] = {**origin(where), "case": _case(options), "copy_gb_per_second": copy_speed(where)}
     cells: list[Cell] = []
-    for _ in range(options.rounds):
+    started = datetime.datetime.now().isoformat()
+    for turn in range(options.rounds):
         for cell in _round(options, where):
+            cell["round"] = f"{started} {turn}"
             _add_rates(cell, found["copy_gb_per_second"])
             cells.append(cell)
             if RANK == 0:
@@ -264,7 +266,7 @@ def _measure(
         return {"ms": ms, "tokens": batch * context}
     if part == "decode":
         room = WARMUP + 4 + options.repeats
-        if mode == "eager":
+        if mode == "eager" and _is_new(model, part, batch, context):
             timed(Stepper(model, mode, batch, context, room, where).step, options.repeats, where)
         stepper = Stepper(model, mode, batch, context, room, where)
         found = {"ms": timed(stepper.step, options.repeats, where), "tokens": batch, "bytes": stepper.bytes_read()}
@@ -273,12 +275,20 @@ def _measure(
     if mode == "eager":
         prompt = torch.ones(batch, context, dtype=torch.long, device=where)
         n = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False, "pad_token_id": 0}
-        ms = timed(lambda: model.generate(prompt, **n), repeats, where, warmup=1)
+        new = _is_new(model, part, batch, context)
+        ms = timed(lambda: model.generate(prompt, **n), repeats, where, warmup=int(new))
     else:
         stepper = Stepper(model, mode, batch, context, options.tokens, where)
         stepper.generate(min(options.tokens, 2 + WARMUP))
         ms = timed(lambda: stepper.generate(options.tokens), repeats, where, warmup=0)
     return {"ms": ms, "tokens": batch * options.tokens}
+
+
+def _is_new(model: nn.Module, *case: Any) -> bool:
+    key = (repr(decoder_of(model).layers), *case)
+    new = key not in MET
+    MET.add(key)
+    return new
 
 
 def _add_rates(cell: Cell, copy_gb: float) -> None:
@@ -304,12 +314,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--contexts", type=_integers, default=[512, 4096, 16384])
     command.add_argument("--tokens", type=int, default=512, help="of generate; default %(default)s")
     command.add_argument("--repeats", type=int, default=30, help="default %(default)s")
-    command.add_argument("--rounds", type=int, default=1, help="all of it so often, forms in turn; default %(default)s")
+    rounds = "all of it so often, forms in turn (compiled anew each time), and medians; default %(default)s"
+    command.add_argument("--rounds", type=_positive, default=1, help=rounds)
     command.add_argument("--layers", type=int)
     command.add_argument("--vocab", type=int)
-    command.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32")
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default=dtype, help="default here %(default)s")
     command.add_argument("--profile", action="store_true", help="also the time of each kernel of a decoding step")
-    command.add_argument("--out", type=Path, help="file.jsonl; a line is appended when a cell is done; and file.png")
+    out = "file.jsonl; a line is appended when a cell is done, one more round of a cell that is there; and file.png"
+    command.add_argument("--out", type=Path, help=out)
 
 
 def _names(option: str, known: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -319,6 +332,12 @@ def _names(option: str, known: tuple[str, ...]) -> Callable[[str], list[str]]:
         return text.split(",")
 
     return parse
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is no number of rounds; give 1 or more")
+    return number
 
 
 def _integers(text: str) -> list[int]:

@@ -19,30 +19,38 @@ from benchmarks.table import markdown, plt
 
 SAME = ("device", "world", "machine", "versions", "commit", "code")
 KEY = ("mode", "what", "batch", "context")
-SPOKEN = {"graph": "CUDA graph", "compile": "compiled", "eager": "eager", "tuned": "compiled, tuned"}
+SIZES = ("shape", "model", "dtype", "tokens", "layers", "vocab")
+RATES = ("tokens_per_second", "gb_per_second", "of_copy")
+SPOKEN = {"graph": "CUDA graph", "compile": "compiled", "eager": "eager", "tuned": "compiled, coordinate descent"}
 
 
 def merged(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A cell for each that was measured, of several rounds the one in the middle, ``rounds_ms`` the time of each.
+    """A cell for each that was measured: of several rounds the median time, and ``rounds_ms`` the time of each.
 
-    ``speedup``: how many times as fast as the sequential model in the same mode and round, the median over the rounds;
-    None where it was not run.
+    ``speedup``: how many times as fast as the sequential model in the same mode and round, the median over the rounds,
+    so with several rounds not quite the ratio of two medians; None where it was not run.
     """
-    rounds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    measured: dict[tuple[Any, ...], dict[Any, dict[str, Any]]] = {}
     for cell in cells:
-        rounds.setdefault(tuple(cell.get(name) for name in ("form", "pairs", *KEY)), []).append(cell)
-    found = [_middle(of_one) for of_one in rounds.values()]
-    alone = {tuple(c[k] for k in KEY): c["rounds_ms"] for c in found if c["form"] == "sequential"}
-    for cell in found:
-        ratios = [a / b for a, b in zip(alone.get(tuple(cell[k] for k in KEY), []), cell["rounds_ms"], strict=False)]
+        rounds = measured.setdefault(tuple(cell.get(name) for name in ("form", "pairs", *KEY)), {})
+        rounds[cell.get("round", len(rounds))] = cell  # lines of before have no round
+    found = [_median(list(rounds.values())) for rounds in measured.values()]
+    alone = {key[2:]: rounds for key, rounds in measured.items() if key[0] == "sequential"}
+    for (key, rounds), cell in zip(measured.items(), found, strict=True):
+        both = [(alone.get(key[2:], {}).get(number, {}), ours) for number, ours in rounds.items()]
+        ratios = [a["ms"] / b["ms"] for a, b in both if "ms" in a and "ms" in b]
         cell["speedup"] = statistics.median(ratios) if ratios else None
     return found
 
 
-def _middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+def _median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     times = [cell["ms"] for cell in rounds if "ms" in cell]
-    middle = statistics.median_low(times) if times else None
-    return next(cell for cell in rounds if cell.get("ms") == middle) | {"rounds_ms": times}
+    if not times:
+        return {**rounds[-1], "rounds_ms": []}
+    cell = next(cell for cell in rounds if "ms" in cell)
+    ms = statistics.median(times)
+    rates = {name: cell[name] * cell["ms"] / ms for name in RATES if cell.get(name) is not None}
+    return {**cell, **rates, "ms": ms, "rounds_ms": times}
 
 
 def line(cell: dict[str, Any]) -> str:
@@ -104,7 +112,7 @@ def read(paths: list[Path]) -> list[dict[str, Any]]:
     for line in (line for path in paths for line in path.read_text().splitlines()):
         found = json.loads(line)
         cell, case = found.pop("cell"), found["case"]
-        key = json.dumps([*(found[name] for name in SAME), case["shape"], case["model"], case["dtype"]])
+        key = json.dumps([*(found[name] for name in SAME), *(case[name] for name in SIZES)])
         runs.setdefault(key, {**found, "cells": []})["cells"].append(cell)
     return [{**found, "cells": merged(found["cells"])} for found in runs.values()]
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import infer_table, results, scaling
+from benchmarks import infer_table, predict, results, scaling
 from benchmarks import table as tables
 from benchmarks.table import cell, markdown
 from lp_train.errors import UserError, exit_code
@@ -132,8 +132,14 @@ def many(files: Sequence[Path]) -> str:
     return f"{_origin(lines)}\n\n{scaling.steps_table(lines)[0]}"
 
 
+def prediction(files: Sequence[Path]) -> str:
+    """Of the one run of the files."""
+    (run,) = infer_table.read(list(files))
+    return predict.summary(predict.predict(run["cells"]))
+
+
 KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
-    function.__name__: function for function in (training, inference, sweep, harness, many)
+    function.__name__: function for function in (training, inference, sweep, harness, many, prediction)
 }
 
 

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import infer_table
 from benchmarks.table import markdown
 from lp_train.errors import UserError
 
@@ -63,10 +64,28 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "PREDICTED, not measured\n\n" + markdown(header, rows)
 
 
+def summary(lines: list[dict[str, Any]]) -> str:
+    """Of CUDA graphs at batch 1 and the shortest context: times in order and fused, and speed-up, by link and depth."""
+    lines = [line for line in lines if line["mode"] == "graph" and line["batch"] == 1 and "NVLink" in line["link"]]
+    lines = [line for line in lines if line["context"] == min(line["context"] for line in lines)]
+    depths = sorted({line["layers"] for line in lines}, reverse=True)
+    links = [(link, depth) for link in LATENCIES_US if "NVLink" in link for depth in depths]
+    cells = {(line["gpus"], line["link"], line["layers"]): line for line in lines}
+    rows = []
+    for gpus in sorted({line["gpus"] for line in lines}):
+        found = [cells[gpus, *column] for column in links]
+        times = [[f"{line['predicted_ms'][form]:.2f}" for form in ("sequential", "fused")] for line in found]
+        rows.append(
+            [str(gpus), *(f"{', '.join(t)}: {c['predicted_speedup']:.2f} x" for t, c in zip(times, found, strict=True))]
+        )
+    named = [f"{link.split(', ')[1].split(' (')[0]}, {depth} layers" for link, depth in links]
+    return "PREDICTED, not measured\n\n" + markdown(("GPUs", *named), rows)
+
+
 def command(options: argparse.Namespace) -> None:
     """Prints the table and, as the last line, one JSON object, from a file that ``infer --out`` wrote."""
     try:
-        cells = [json.loads(line)["cell"] for line in options.file.read_text().splitlines()]
+        cells = [cell for run in infer_table.read([options.file]) for cell in run["cells"]]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{options.file}: not the file that infer --out wrote ({error})") from None
     lines = predict(cells)

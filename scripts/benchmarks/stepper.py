@@ -87,7 +87,7 @@ def _local_bytes(tensor: Tensor) -> int:
 
 def kernels(step: Callable[[], Any], most: int = 20) -> dict[str, Any]:
     """Where the time of one step goes on the device: ms in all-reduces (waiting for other ranks included) and how many
-    there are, ms in all other kernels, and the longest kernels."""
+    there are, ms in all other kernels, and of the longest kernels name, number and ms."""
     with torch.profiler.profile() as profile:
         step()
         if torch.cuda.is_available():
@@ -96,12 +96,12 @@ def kernels(step: Callable[[], Any], most: int = 20) -> dict[str, Any]:
     on_device = [event for event in on_device if not event.key.startswith("##")]  # of compiled code: a span, no kernel
     reduces = [event for event in on_device if "nccl" in event.key.lower()]
     spent = {name: sum(e.self_device_time_total for e in of) / 1e3 for name, of in (("a", on_device), ("r", reduces))}
-    longest = sorted(((event.key[:80], event.self_device_time_total / 1e3) for event in on_device), key=lambda r: -r[1])
+    longest = sorted(on_device, key=lambda event: -event.self_device_time_total)[:most]
     return {
         "all_reduces": sum(event.count for event in reduces),
         "all_reduce_ms": spent["r"],
         "other_kernels_ms": spent["a"] - spent["r"],
-        "kernels_ms": dict(longest[:most]),
+        "kernels": [[e.key[:80], e.count, e.self_device_time_total / 1e3] for e in longest],
     }
 
 
