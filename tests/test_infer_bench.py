@@ -188,12 +188,13 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["infer", *SMALL, "--modes", "eager", "--pairs", "2:6", "4:60"]) == 2
     (line,) = capsys.readouterr().err.splitlines()  # before the first cell
     assert "4:60" in line
+    assert options().modes == ["eager", "compile"]  # where there is no GPU
     with pytest.raises(SystemExit):
         options("--rounds", "0")
     assert "0 is no number of rounds; give 1 or more" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         options("--modes", "fast")
-    assert "'fast' is unknown; use some of eager,compile,tuned,graph" in capsys.readouterr().err
+    assert "'fast' is unknown; use some of eager,compile,frozen,tuned,graph" in capsys.readouterr().err
 
 
 def test_a_cell_out_of_memory_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

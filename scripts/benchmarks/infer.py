@@ -11,9 +11,10 @@ On a CPU, in seconds:
 
 The caches are filled with zeros, which cost what other values cost; a static cache is as long as its context and the
 tokens that follow. Modes: eager; compile, the whole step through torch.compile as ``generate`` does with a static
-cache; tuned, the same with inductor's coordinate descent, where products of one row become reductions; graph, the eager
-step captured as a CUDA graph. Eager steps are measured at lengths that were met before: cuDNN's attention plans each
-new length for 40 ms, once in a process. ``PYTHONPATH=.:scripts python -m benchmarks.infer`` is the same and needs
+cache; frozen, the same with inductor's freezing, where weights are constants and those of one input are joined, which
+takes their memory twice; tuned, with its coordinate descent, where products of one row become reductions; graph, the
+eager step captured as a CUDA graph. Eager steps are measured at lengths that were met before: cuDNN's attention plans
+each new length for 40 ms, once in a process. ``PYTHONPATH=.:scripts python -m benchmarks.infer`` is the same and needs
 neither trl nor datasets, unless ``--model`` is a run.
 """
 
@@ -55,7 +56,7 @@ SHAPES: dict[str, tuple[str, Any]] = {
 }
 FORMS, MODES, PARTS = (
     ("sequential", "paired", "fused"),
-    ("eager", "compile", "tuned", "graph"),
+    ("eager", "compile", "frozen", "tuned", "graph"),
     ("prefill", "decode", "generate"),
 )
 MOST_PREFILLED = 2**17  # tokens; a batch of 8 rows of 16,384
@@ -308,8 +309,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
     which.add_argument("--model", help="a run folder (its original and its result), or one with a model")
     windows = "windows or lists of pairs; each is paired and fused by itself"
     command.add_argument("--pairs", type=lambda t: json.loads(t) if t.startswith("[") else t, nargs="+", help=windows)
-    for name, known in (("forms", FORMS), ("modes", MODES), ("parts", PARTS)):
-        command.add_argument(f"--{name}", type=_names(name, known), default=list(known), help=f"of {','.join(known)}")
+    modes = ("eager", "compile", "graph") if torch.cuda.is_available() else ("eager", "compile")
+    for name, known, default in (("forms", FORMS, FORMS), ("modes", MODES, modes), ("parts", PARTS, PARTS)):
+        text = f"of {','.join(known)}; default here {','.join(default)}"
+        command.add_argument(f"--{name}", type=_names(name, known), default=list(default), help=text)
     command.add_argument("--batches", type=_integers, default=[1, 8, 32])
     command.add_argument("--contexts", type=_integers, default=[512, 4096, 16384])
     command.add_argument("--tokens", type=int, default=512, help="of generate; default %(default)s")

@@ -21,7 +21,13 @@ SAME = ("device", "world", "machine", "versions", "commit", "code")
 KEY = ("mode", "what", "batch", "context")
 SIZES = ("shape", "model", "dtype", "tokens", "layers", "vocab")
 RATES = ("tokens_per_second", "gb_per_second", "of_copy")
-SPOKEN = {"graph": "CUDA graph", "compile": "compiled", "eager": "eager", "tuned": "compiled, coordinate descent"}
+SPOKEN = {
+    "graph": "CUDA graph",
+    "compile": "compiled",
+    "frozen": "compiled, frozen",
+    "tuned": "compiled, coordinate descent",
+    "eager": "eager",
+}
 
 
 def merged(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

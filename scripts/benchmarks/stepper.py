@@ -30,8 +30,9 @@ class Stepper:
         self.cache: Any = DynamicCache() if mode == "eager" else StaticCache(model.config, max_cache_len=self.length)
         self._fill(batch, model.dtype, where)
         self.step: Callable[[], Any] = self.eager_step
-        if mode in ("compile", "tuned"):
+        if mode in ("compile", "frozen", "tuned"):
             torch._dynamo.reset()  # each size is a graph of its own
+            torch._inductor.config.freezing = mode == "frozen"
             torch._inductor.config.coordinate_descent_tuning = mode == "tuned"
             self.forward = torch.compile(model.forward, **COMPILE)
         if mode == "graph":
