@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     over.set_defaults(run=tasks)
     over.add_argument("config", help="a YAML file with evaluate.tasks")
     over.add_argument("overrides", nargs="*", metavar="key.path=value")
-    over.add_argument("--repeats", type=positive, default=2, help="default %(default)s")
+    over.add_argument("--repeats", type=positive, default=3, help="default %(default)s")
     for command in commands.choices.values():  # --debug also behind the benchmark's name
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return top

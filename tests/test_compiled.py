@@ -55,6 +55,8 @@ def step(model: nn.Module, batch: dict[str, Tensor], block: RunBlock) -> tuple[T
 def test_compiled_blocks_are_a_graph_for_each_kind_and_compute_the_same(name: str, checkpointing: bool) -> None:
     """Without the kernels of inductor, so that every value is bitwise that of eager PyTorch; no graph is made later."""
     model, batch, block = paired(name), inputs(), compiled_block("aot_eager")
+    for dropout in (module for module in model.modules() if isinstance(module, nn.Dropout)):
+        dropout.p = 0.0  # Phi-3's
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     teacher, student, expected = step(model, batch, run_block)
@@ -62,8 +64,6 @@ def test_compiled_blocks_are_a_graph_for_each_kind_and_compute_the_same(name: st
     for _ in range(3):
         found = step(model, inputs(), block)
         seen.append(graphs() - before)
-        if name == "phi3":  # this one has dropout
-            continue
         assert torch.equal(found[0], teacher) and torch.equal(found[1], student)
         assert all(torch.equal(found[2][parameter], gradient) for parameter, gradient in expected.items())
     kinds = len({type(layer) for layer in model.get_decoder().layers})  # plain, first and second of a pair

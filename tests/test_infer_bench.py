@@ -3,7 +3,9 @@
 import argparse
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +85,8 @@ def test_files_of_several_calls_become_one_table(tmp_path: Path) -> None:
     (found,) = infer_table.read([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
     cells = {(cell["form"], cell["pairs"], cell["layers"]): cell for cell in found["cells"]}
     assert list(cells) == [("sequential", None, 6), ("fused", "2:4", 5), ("fused", "2:6", 4)]
+    calls = {json.loads(line)["cell"]["round"] for file in tmp_path.glob("?.jsonl") for line in file.open()}
+    assert len(calls) == 2
     rounds = [
         [json.loads(line)["cell"]["ms"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("a", "b")
@@ -126,6 +130,7 @@ def test_forms_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     written = [json.loads(line)["cell"] for line in out.read_text().splitlines()]
     assert [cell["form"] for cell in written] == 3 * ["sequential", "fused"]
+    assert [cell["round"][-1] for cell in written] == ["0", "0", "1", "1", "2", "2"]
     fused = found["cells"][1]
     assert fused["rounds_ms"] == [cell["ms"] for cell in written[1::2]]
     assert fused["ms"] == sorted(fused["rounds_ms"])[1]
@@ -174,6 +179,36 @@ def test_steps_are_those_of_generate() -> None:
     assert made == expected.tolist()
 
 
+@pytest.mark.parametrize("mode", ["compile", "frozen", "tuned"])
+def test_a_compiled_mode_is_an_option_of_inductor(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inductor, seen = torch._inductor.config, []
+
+    def compiled(forward: Any, **_: Any) -> Any:
+        seen.append((inductor.freezing, inductor.cpp.enable_concat_linear, inductor.coordinate_descent_tuning))
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with inductor.patch({"freezing": False, "cpp.enable_concat_linear": False, "coordinate_descent_tuning": False}):
+        model = {form: m for form, _, m in infer.forms(options("--pairs", "2:6"), CPU)}["fused"]
+        stepper.Stepper(model, mode, 1, 8, 8, CPU).step()
+        assert seen == [(mode == "frozen", mode == "frozen", mode == "tuned")]
+
+
+def test_kernels_of_one_shortened_name_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.autograd.DeviceType.CUDA
+
+    def event(key: str, count: int, us: float, device: Any = cuda) -> SimpleNamespace:
+        return SimpleNamespace(key=key, count=count, self_device_time_total=us, device_type=device)
+
+    events = [event("a" * 80 + "1", 2, 10.0), event("ncclAllReduce", 3, 30.0), event("a" * 80 + "2", 4, 20.0)]
+    events += [event("##span", 1, 99.0), event("aten::mm", 1, 50.0, torch.autograd.DeviceType.CPU)]
+    monkeypatch.setattr(torch.profiler, "profile", lambda: nullcontext(SimpleNamespace(key_averages=lambda: events)))
+    found = stepper.kernels(lambda: None, most=2)
+    assert found["kernels"] == [["ncclAllReduce", 3, 0.03], ["a" * 80, 4, 0.02]]
+    assert (found["all_reduces"], found["all_reduce_ms"]) == (3, 0.03)
+    assert found["other_kernels_ms"] == pytest.approx(0.03)
+
+
 def test_bytes_of_a_step() -> None:
     with torch.no_grad():
         for form, _, model in infer.forms(options("--pairs", "2:6"), CPU):
@@ -182,13 +217,22 @@ def test_bytes_of_a_step() -> None:
             assert decoder.bytes_read() == weights + 6 * 2 * (2 * 2 * 12 * 6) * 4, form
 
 
+def infer_of_a_gpu() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        infer.add_options(parser)
+    return parser.parse_args(["--shape", "llama-8b"])
+
+
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["infer", *SMALL, "--modes", "graph"]) == 2
     assert "a CUDA graph needs a GPU" in capsys.readouterr().err
     assert bench.main(["infer", *SMALL, "--modes", "eager", "--pairs", "2:6", "4:60"]) == 2
     (line,) = capsys.readouterr().err.splitlines()  # before the first cell
     assert "4:60" in line
-    assert options().modes == ["eager", "compile"]  # where there is no GPU
+    assert (options().modes, infer_of_a_gpu().modes) == (["eager", "compile"], ["eager", "compile", "graph"])
+    assert infer_of_a_gpu().dtype == "bfloat16"
     with pytest.raises(SystemExit):
         options("--rounds", "0")
     assert "0 is no number of rounds; give 1 or more" in capsys.readouterr().err
@@ -241,8 +285,9 @@ def test_the_prediction_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(json.loads(text.splitlines()[-1])["predicted"]) == 7 * len(
         {json.loads(x)["cell"]["mode"] for x in stored}
     )
-    file.write_text(stored[0])
-    assert bench.main(["predict", str(file)]) == 2
+    for useless in (stored[0], json.dumps({"cell": json.loads(stored[0])["cell"]})):
+        file.write_text(useless)
+        assert bench.main(["predict", str(file)]) == 2
     assert bench.main(["predict", str(tmp_path / "none.jsonl")]) == 2
 
 

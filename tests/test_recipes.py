@@ -71,6 +71,18 @@ def test_a_table_is_made_anew_from_its_files(tmp_path: Path) -> None:
         page.written(tmp_path / "page.md")
 
 
+def test_a_table_of_steps_that_are_not_one_run(tmp_path: Path) -> None:
+    lines = (RECIPES / "benchmarks/results/infer_h200/3b.jsonl").read_text().splitlines()
+    in_turn = [json.loads(line) for line in lines]
+    for number, line in enumerate(in_turn):
+        line["cell"]["round"] = number  # no two of one
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, in_turn)))
+    assert "| 5.17 | 4.58 | not run |" in page.inference([tmp_path / "a.jsonl"])
+    (tmp_path / "b.jsonl").write_text(lines[0].replace('"commit": "', '"commit": "0'))
+    with pytest.raises(UserError, match="2 runs, and a prediction is of one; name its file"):
+        page.prediction([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+
+
 @pytest.mark.parametrize(
     ("shape", "options", "version", "names"),
     [

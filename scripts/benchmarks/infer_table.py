@@ -3,7 +3,7 @@
     PYTHONPATH=.:scripts python -m benchmarks.infer_table FILE.jsonl [FILE.jsonl ...]
 
 prints the tables of files that ``infer --out`` wrote, and as the last line one JSON list: runs of one case, machine and
-code are one table; a ratio is only inside one.
+code are one table; a ratio is only inside one round of one call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPOKEN = {
     "graph": "CUDA graph",
     "compile": "compiled",
     "frozen": "compiled, frozen",
-    "tuned": "compiled, coordinate descent",
+    "tuned": "compiled, tuned",
     "eager": "eager",
 }
 

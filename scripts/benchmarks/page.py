@@ -94,9 +94,14 @@ def _rows_of(run: Found) -> Iterable[list[str]]:
             *(name, what, infer_table.SPOKEN[mode], str(batch)),
             " / ".join(f"{c['context']:,}" for _, c in both),
             *(" / ".join(f"{c['ms']:,.2f}" for c in column) for column in zip(*both, strict=True)),
-            " / ".join(f"{c['speedup']:.2f}" for _, c in both) + " x",
+            _together([c["speedup"] for _, c in both]),
             "" if None in of_copy else " / ".join(f"{share:.0%}" for share in of_copy),
         ]
+
+
+def _together(ratios: Sequence[float | None]) -> str:
+    shown = " / ".join(cell(ratio, "{:.2f}") for ratio in ratios)
+    return shown if None in ratios else f"{shown} x"
 
 
 def _origin(found: Sequence[Found]) -> str:
@@ -134,8 +139,10 @@ def many(files: Sequence[Path]) -> str:
 
 def prediction(files: Sequence[Path]) -> str:
     """Of the one run of the files."""
-    (run,) = infer_table.read(list(files))
-    return predict.summary(predict.predict(run["cells"]))
+    runs = infer_table.read(list(files))
+    if len(runs) != 1:
+        raise UserError(f"{', '.join(map(str, files))}: {len(runs)} runs, and a prediction is of one; name its file")
+    return predict.summary(predict.predict(runs[0]["cells"]))
 
 
 KINDS: dict[str, Callable[[Sequence[Path]], str]] = {

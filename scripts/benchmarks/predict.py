@@ -85,10 +85,9 @@ def summary(lines: list[dict[str, Any]]) -> str:
 def command(options: argparse.Namespace) -> None:
     """Prints the table and, as the last line, one JSON object, from a file that ``infer --out`` wrote."""
     try:
-        cells = [cell for run in infer_table.read([options.file]) for cell in run["cells"]]
+        lines = [line for run in infer_table.read([options.file]) for line in predict(run["cells"])]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{options.file}: not the file that infer --out wrote ({error})") from None
-    lines = predict(cells)
     if not lines:
         raise UserError(f"{options.file}: no decoding measured both in order and fused; run infer with both forms")
     print(f"{table(lines)}\n\n{json.dumps({'predicted': lines})}")

@@ -33,6 +33,7 @@ class Stepper:
         if mode in ("compile", "frozen", "tuned"):
             torch._dynamo.reset()  # each size is a graph of its own
             torch._inductor.config.freezing = mode == "frozen"
+            torch._inductor.config.cpp.enable_concat_linear = mode == "frozen"  # as on a GPU
             torch._inductor.config.coordinate_descent_tuning = mode == "tuned"
             self.forward = torch.compile(model.forward, **COMPILE)
         if mode == "graph":

@@ -3,9 +3,8 @@
     PYTHONPATH=.:scripts python -m benchmarks.trade_off RUN [RUN ...] --out trade_off.png
 
 Of each run folder: report.json, evaluation.json (scripts/evaluate_run.py, the group ``seven``) where there is one, and
-infer.jsonl (scripts/bench.py infer --model RUN --modes eager,graph --parts decode --batches 1 --contexts 512 --out
-RUN/infer.jsonl). Speed-ups are of the original in
-the same process. Prints a table; writes the plot.
+infer.jsonl (scripts/bench.py infer --model RUN --modes eager,graph --parts decode --batches 1 --contexts 512
+--rounds 3 --out RUN/infer.jsonl). Speed-ups are of the original in the same process. Prints a table; writes the plot.
 """
 
 from __future__ import annotations
