@@ -347,6 +347,9 @@ def test_trade_off_and_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (tmp_path / "report.json").write_text("{}")
         trade_off.read(tmp_path)
     cells = [json.loads(line) for line in (runs[0] / "infer.jsonl").read_text().splitlines()]
+    slower = [{**cell, "commit": "later", "cell": {**cell["cell"], "ms": 7.0}} for cell in cells]
+    (tmp_path / "no_tasks" / "infer.jsonl").write_text("\n".join(map(json.dumps, cells + slower)))
+    assert trade_off.read(tmp_path / "no_tasks")["speed"]["graph"] == 1  # of several runs the last
     for cell in cells:
         cell["cell"]["mode"] = "eager"
     (tmp_path / "infer.jsonl").write_text("\n".join(map(json.dumps, cells)))
