@@ -33,6 +33,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from benchmarks import draft, expect, infer, losses, many_gpus, predict, results, sweep, table, training
+from benchmarks.arguments import positive, window_or_pairs
 from benchmarks.case import SHAPES, Case
 from lp_train import models
 from lp_train.cluster.launch import quieten_libraries
@@ -150,7 +151,7 @@ def add_case(command: argparse.ArgumentParser) -> None:
     command.add_argument("--shape", choices=SHAPES, required=True)
     command.add_argument("--batch", type=positive, help="rows; default 8, smollm2-135m 32")
     command.add_argument("--seq", type=positive, help="tokens of a row; default 2048, smollm2-135m 1024")
-    command.add_argument("--pairs", type=pairs, help="15:29 or [[4,5],[8,9]]; default: the shape's own")
+    command.add_argument("--pairs", type=window_or_pairs, help="15:29 or [[4,5],[8,9]]; default: the shape's own")
     for name in ("rank", "steps", "warmup", "documents"):
         command.add_argument(f"--{name}", type=positive, default=getattr(default, name), help="default %(default)s")
     command.add_argument("--vocab", type=positive, help="default: the shape's own")
@@ -159,16 +160,6 @@ def add_case(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-compile", dest="compile", action="store_false", help="ours uncompiled, and no c")
     command.add_argument("--fp8", action="store_true", help="ours: the frozen projections in FP8")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default=default.dtype)
-
-
-def pairs(text: str) -> str | list[list[int]]:
-    return json.loads(text) if text.startswith("[") else text
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
 
 
 def integers(text: str) -> list[int]:

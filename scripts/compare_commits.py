@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.arguments import positive
 from lp_train.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,12 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
 
 
 def losses(commits: list[str], trees: list[Path], steps: int, *overrides: str) -> int:

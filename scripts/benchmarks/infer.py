@@ -38,6 +38,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from benchmarks import infer_table
+from benchmarks.arguments import positive, window_or_pairs
 from benchmarks.results import appender, identity
 from benchmarks.stepper import RANK, WARMUP, WORLD, Stepper, copy_speed, kernels, timed
 from lp_train.errors import UserError, exit_code
@@ -308,7 +309,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     which.add_argument("--shape", choices=SHAPES, help="random weights")
     which.add_argument("--model", help="a run folder (its original and its result), or one with a model")
     windows = "windows or lists of pairs; each is paired and fused by itself"
-    command.add_argument("--pairs", type=lambda t: json.loads(t) if t.startswith("[") else t, nargs="+", help=windows)
+    command.add_argument("--pairs", type=window_or_pairs, nargs="+", help=windows)
     modes = ("eager", "compile", "graph") if torch.cuda.is_available() else ("eager", "compile")
     for name, known, default in (("forms", FORMS, FORMS), ("modes", MODES, modes), ("parts", PARTS, PARTS)):
         text = f"of {','.join(known)}; default here {','.join(default)}"
@@ -318,7 +319,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokens", type=int, default=512, help="of generate; default %(default)s")
     command.add_argument("--repeats", type=int, default=30, help="default %(default)s")
     rounds = "all of it so often, forms in turn (compiled anew each time), and medians; default %(default)s"
-    command.add_argument("--rounds", type=_positive, default=1, help=rounds)
+    command.add_argument("--rounds", type=positive, default=1, help=rounds)
     command.add_argument("--layers", type=int)
     command.add_argument("--vocab", type=int)
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -335,12 +336,6 @@ def _names(option: str, known: tuple[str, ...]) -> Callable[[str], list[str]]:
         return text.split(",")
 
     return parse
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is no number of rounds; give 1 or more")
-    return number
 
 
 def _integers(text: str) -> list[int]:

@@ -16,6 +16,7 @@ from benchmarks import infer_table
 from benchmarks.table import markdown
 from lp_train.errors import UserError
 
+PREDICTED = "PREDICTED, not measured\n\n"
 PER_LAYER, BESIDE = 2, 2
 LATENCIES_US = {  # of one all-reduce of 8 to 32 KiB, by number of GPUs, as published
     "H100 NVLink, one-shot kernel (sgl-project/sglang#2904)": {2: 4.5, 4: 4.8, 8: 7.8},
@@ -61,25 +62,25 @@ def table(lines: list[dict[str, Any]]) -> str:
         + [f"{c['predicted_speedup']:.2f} x"]
         for c in lines
     ]
-    return "PREDICTED, not measured\n\n" + markdown(header, rows)
+    return PREDICTED + markdown(header, rows)
 
 
 def summary(lines: list[dict[str, Any]]) -> str:
     """Of CUDA graphs at batch 1 and the shortest context: times in order and fused, and speed-up, by link and depth."""
-    lines = [line for line in lines if line["mode"] == "graph" and line["batch"] == 1 and "NVLink" in line["link"]]
+    nvlink = [link for link in LATENCIES_US if "NVLink" in link]
+    lines = [line for line in lines if line["mode"] == "graph" and line["batch"] == 1 and line["link"] in nvlink]
     lines = [line for line in lines if line["context"] == min(line["context"] for line in lines)]
     depths = sorted({line["layers"] for line in lines}, reverse=True)
-    links = [(link, depth) for link in LATENCIES_US if "NVLink" in link for depth in depths]
-    cells = {(line["gpus"], line["link"], line["layers"]): line for line in lines}
-    rows = []
-    for gpus in sorted({line["gpus"] for line in lines}):
-        found = [cells[gpus, *column] for column in links]
-        times = [[f"{line['predicted_ms'][form]:.2f}" for form in ("sequential", "fused")] for line in found]
-        rows.append(
-            [str(gpus), *(f"{', '.join(t)}: {c['predicted_speedup']:.2f} x" for t, c in zip(times, found, strict=True))]
-        )
-    named = [f"{link.split(', ')[1].split(' (')[0]}, {depth} layers" for link, depth in links]
-    return "PREDICTED, not measured\n\n" + markdown(("GPUs", *named), rows)
+    columns = [(link, depth) for link in nvlink for depth in depths]
+    cells = {(line["gpus"], line["link"], line["layers"]): _times(line) for line in lines}
+    rows = [[str(n), *(cells[n, *column] for column in columns)] for n in sorted({line["gpus"] for line in lines})]
+    named = [f"{link.split(', ')[1].split(' (')[0]}, {depth} layers" for link, depth in columns]
+    return PREDICTED + markdown(("GPUs", *named), rows)
+
+
+def _times(line: dict[str, Any]) -> str:
+    ms = line["predicted_ms"]
+    return f"{ms['sequential']:.2f}, {ms['fused']:.2f}: {line['predicted_speedup']:.2f} x"
 
 
 def command(options: argparse.Namespace) -> None:

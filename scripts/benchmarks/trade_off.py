@@ -34,12 +34,12 @@ def read(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; the module's help says what writes it") from None
     speed: dict[str, float] = {}
-    for cells in (run["cells"] for run in runs):
+    for measured in runs:
+        cells = measured["cells"]
         if len({(c["batch"], c["context"]) for c in cells}) > 1:
             raise UserError(f"{folder}/infer.jsonl: several batches or contexts; measure one of each")
-        found = {
-            c["mode"]: c["speedup"] for c in cells if c["form"] == "fused" and c["what"] == "decode" and c["speedup"]
-        }
+        fused = [c for c in cells if c["form"] == "fused" and c["what"] == "decode" and c["speedup"]]
+        found = {c["mode"]: c["speedup"] for c in fused}
         speed = found if "graph" in found else speed  # of several runs the last
     if not speed:
         raise UserError(
