@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Decoding under tensor parallelism, in order against fused: random weights on the shapes of Llama 3.1 8B, Llama 2 7B and
-# Llama 3.2 3B. Each measurement is a line of a file in OUT as soon as it is done. Two lists of calls: beside each other on
-# a host with GPUs for both (about eight minutes on four), else one after the other, then best in calls of some files each.
+# Llama 3.2 3B. Each measurement is a line of a file in OUT as soon as it is done.
 #
 #     scripts/bench_tensor_parallel.sh [OUT] [PROCESSES] [FILE ...]     # default: runs/tensor_parallel 2, and all files
 #     LP_TINY=1 scripts/bench_tensor_parallel.sh OUT                    # the same calls on tiny models, processes on the CPU
 #
 # LP_SECONDS: nothing goes on after so many seconds. Ends with 1 where something failed or was not run.
 set -u
+shopt -s extglob
 cd "$(dirname "$0")/.." || exit
 out=${1:-runs/tensor_parallel} processes=${2:-2}
 only=" ${*:3} " limit=${LP_SECONDS:-86400}
@@ -15,7 +15,7 @@ mkdir -p "$out" && rm -f "$out/failed"
 export PYTHONPATH=.:scripts${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
 export LP_COMMIT=${LP_COMMIT:-$(git describe --always --abbrev=40 --exclude='*' --dirty=+changes 2>/dev/null)}
 
-known=$(sed -n 's/^    measure [0-9]* \([a-z0-9_]*\) .*/\1/p' "$0")
+known=$(sed -n 's/^measure [0-9]* \([a-z0-9_]*\) .*/\1/p' "$0")
 for name in ${*:3}; do
     grep -qx "$name" <<<"$known" || { echo "$name: not measured here; name some of" $known >&2 && exit 2; }
 done
@@ -31,39 +31,29 @@ measure() {
     fi
     if [ -n "${LP_TINY:-}" ]; then
         seconds=600
-        set -- "$@" --layers 4 --vocab 64 --dtype float32 --contexts 16 --batches 1 --tokens 4 --repeats 2
-        set -- "${@//graph/eager}"
+        set -- "${@//graph/eager}" --contexts 16 --batches 1 --tokens 4 --repeats 2 --layers 4 --vocab 64 --dtype float32
+        set -- "${@//--@(contexts|batches|tokens|repeats) +([0-9,])/}"
         pairs="0:2 0:4" shape=llama-1b
     fi
     # shellcheck disable=SC2086  # several windows
     timeout $((left < seconds ? left : seconds)) python3 -m torch.distributed.run --standalone \
-        --nproc-per-node "$processes" -m benchmarks.infer --shape "$shape" --pairs $pairs --forms sequential,fused --out "$out/$file.jsonl" "$@" \
-        >/dev/null 2>"$out/$file.log" || echo "$file $*: ended with $?" | tee -a "$out/failed" >&2
+        --nproc-per-node "$processes" -m benchmarks.infer --shape "$shape" --pairs $pairs --forms sequential,fused \
+        --out "$out/$file.jsonl" "$@" >/dev/null 2>"$out/$file.log" || echo "$file $*: ended with $?" | tee -a "$out/failed" >&2
     grep -E "tokens/s|rror" "$out/$file.log" | tail -40
+    echo "$file: done after $SECONDS s"
 }
 
-first_list() {
-    measure 200 8b_decode llama-8b "15:29 5:27 1:31" --modes graph --parts decode --batches 1,8,32 --contexts 512,4096 --profile
-    measure 200 8b_compiled llama-8b "15:29 5:27" --modes compile --parts decode --batches 1 --contexts 512
-    measure 200 8b_generate llama-8b "15:29 5:27" --modes graph --parts generate --batches 1,8,32,64 --contexts 512 --tokens 512 --repeats 10
-}
-
-second_list() {
-    measure 150 llama2_generate llama2-7b "9:23 5:27" --modes graph --parts generate --batches 1 --contexts 16 --tokens 4096 --repeats 10
-    measure 150 llama2_decode llama2-7b "9:23 5:27" --modes graph --parts decode --batches 1,8,32 --contexts 512,4096 --profile
-    measure 150 llama2_compiled llama2-7b 9:23 --modes compile --parts decode --batches 1 --contexts 512
-    measure 100 3b_decode llama-3b "9:19 5:23" --modes graph --parts decode --batches 1,8,32 --contexts 512,4096 --profile
-    measure 100 8b_eager llama-8b "15:29 5:27 1:31" --modes eager --parts decode,prefill --batches 1 --contexts 2048,16384 --repeats 20
-    measure 130 3b_compiled llama-3b 9:19 --modes compile --parts decode --batches 1 --contexts 512
-}
-
-if [ -z "${CUDA_VISIBLE_DEVICES:-}" ] && [ "$(nvidia-smi -L 2>/dev/null | grep -c ^GPU)" -ge $((2 * processes)) ]; then
-    CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((processes - 1))) first_list &
-    CUDA_VISIBLE_DEVICES=$(seq -s, "$processes" $((2 * processes - 1))) second_list
-else
-    first_list
-    second_list
-fi
-wait
+steps=(--modes graph --parts decode --contexts 512,4096 --batches 8,32 --also "--batches 1 --profile")
+eager=(--also "--modes eager --batches 1 --repeats 10")
+eager+=(--also "--modes eager --parts prefill --batches 1 --contexts 2048,16384 --repeats 15")
+requests=(--also "--parts generate --batches 1,64 --tokens 256 --repeats 10")
+paper=(--also "--parts generate --batches 1 --contexts 16 --tokens 4096 --repeats 10")
+compiled=(--modes compile --parts decode --contexts 512 --batches 1)
+measure 210 8b llama-8b "15:29 5:27 1:31" "${steps[@]}" "${eager[@]}" "${requests[@]}"
+measure 190 llama2 llama2-7b "9:23 5:27" "${steps[@]}" "${eager[@]}" "${paper[@]}"
+measure 110 8b_compiled llama-8b 15:29 "${compiled[@]}"
+measure 100 3b llama-3b "9:19 5:23" "${steps[@]}" "${eager[@]}"
+measure 100 llama2_compiled llama2-7b 9:23 "${compiled[@]}"
+measure 100 3b_compiled llama-3b 9:19 "${compiled[@]}"
 python3 -m benchmarks.infer_table "$out"/*.jsonl
 [ ! -e "$out/failed" ]

@@ -73,6 +73,25 @@ def test_the_command_measures_every_cell(
     assert text.count("| fused, 5 layers |") == len(expected) // 3
 
 
+def test_more_cells_of_the_same_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[argparse.Namespace] = []
+    original = infer._original
+    monkeypatch.setattr(infer, "_original", lambda *a: built.append(a[0]) or original(*a))
+    base = ["--modes", "eager", "--parts", "decode", "--contexts", "8", "--batches", "2"]
+    more = ["--also", "--batches 1 --profile", "--also", "--parts prefill,generate --contexts 4,8"]
+    found = infer.run(options(*base, *more), lambda text: None)
+    expected = [("decode", 2, 8), ("decode", 1, 8), ("prefill", 2, 4), ("prefill", 2, 8), ("generate", 2, 4)]
+    cells = found["cells"]
+    assert len(built) == 1 and sorted((c["form"], c["what"], c["batch"], c["context"]) for c in cells) == sorted(
+        (form, *cell) for form in infer.FORMS for cell in expected
+    )
+    assert {c["batch"] for c in cells if "kernels" in c} == {1}
+    with pytest.raises(UserError, match="a CUDA graph needs a GPU"):
+        infer.run(options("--modes", "eager", "--also", "--modes graph"), lambda text: None)
+    with pytest.raises(SystemExit):
+        infer.run(options("--modes", "eager", "--also", "--batches one"), lambda text: None)
+
+
 def test_files_of_several_calls_become_one_table(tmp_path: Path) -> None:
     plans = ["--pairs", "2:4", "2:6", "--modes", "eager", "--parts", "decode", "--forms", "sequential,fused"]
     for name in ("a", "b"):

@@ -4,6 +4,7 @@
     python scripts/bench.py infer --model runs/demo --modes eager
     python scripts/bench.py infer --shape llama-8b --pairs 15:29 7:29      # fused both ways beside one sequential model
     torchrun --nproc-per-node 2 scripts/bench.py infer --shape llama-8b --modes eager,graph     # tensor parallel
+    python scripts/bench.py infer --shape llama-8b --modes graph --also "--modes eager --batches 1"   # both, built once
 
 On a CPU, in seconds:
 
@@ -21,10 +22,12 @@ neither trl nor datasets, unless ``--model`` is a run.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import gc
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -74,7 +77,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     changes within minutes where others work on it too.
     """
     where = _device()
-    if "graph" in options.modes and where.type != "cuda":
+    if any("graph" in grid.modes for grid in grids(options)) and where.type != "cuda":
         raise UserError("--modes graph: a CUDA graph needs a GPU, and this is a CPU; use eager or compile")
     keep = appender(options.out) if options.out else lambda line: None
     found: dict[str, Any] = {**origin(where), "case": _case(options), "copy_gb_per_second": copy_speed(where)}
@@ -94,9 +97,17 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
 @torch.no_grad()
 def _round(options: Options, where: torch.device) -> Iterator[Cell]:
     for form, pairs, model in forms(options, where):
-        for mode in options.modes:
-            for cell in measure(model, mode, options, where):
-                yield {"form": form, "pairs": pairs, "mode": mode, **cell}
+        for grid in grids(options):
+            for mode in grid.modes:
+                for cell in measure(model, mode, grid, where):
+                    yield {"form": form, "pairs": pairs, "mode": mode, **cell}
+
+
+def grids(options: Options) -> list[Options]:
+    """The cells asked for, and those of each ``--also``: what it does not name is as in the command itself."""
+    parser = argparse.ArgumentParser(prog="--also")
+    add_grid(parser)
+    return [options, *(parser.parse_args(shlex.split(text), copy.copy(options)) for text in options.also)]
 
 
 def _device() -> torch.device:
@@ -310,23 +321,31 @@ def add_options(command: argparse.ArgumentParser) -> None:
     which.add_argument("--model", help="a run folder (its original and its result), or one with a model")
     windows = "windows or lists of pairs; each is paired and fused by itself"
     command.add_argument("--pairs", type=window_or_pairs, nargs="+", help=windows)
-    modes = ("eager", "compile", "graph") if torch.cuda.is_available() else ("eager", "compile")
-    for name, known, default in (("forms", FORMS, FORMS), ("modes", MODES, modes), ("parts", PARTS, PARTS)):
-        text = f"of {','.join(known)}; default here {','.join(default)}"
-        command.add_argument(f"--{name}", type=_names(name, known), default=list(default), help=text)
-    command.add_argument("--batches", type=_integers, default=[1, 8, 32])
-    command.add_argument("--contexts", type=_integers, default=[512, 4096, 16384])
-    command.add_argument("--tokens", type=int, default=512, help="of generate; default %(default)s")
-    command.add_argument("--repeats", type=int, default=30, help="default %(default)s")
+    text = f"of {','.join(FORMS)}; default all"
+    command.add_argument("--forms", type=_names("forms", FORMS), default=list(FORMS), help=text)
+    add_grid(command)
+    also = "more cells of the same models in the same process, for example '--modes eager --contexts 16384'"
+    command.add_argument("--also", action="append", default=[], metavar="'OPTIONS'", help=also)
     rounds = "all of it so often, forms in turn (compiled anew each time), and medians; default %(default)s"
     command.add_argument("--rounds", type=positive, default=1, help=rounds)
     command.add_argument("--layers", type=int)
     command.add_argument("--vocab", type=int)
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default=dtype, help="default here %(default)s")
-    command.add_argument("--profile", action="store_true", help="also the time of each kernel of a decoding step")
     out = "file.jsonl; a line is appended when a cell is done, one more round of a cell that is there; and file.png"
     command.add_argument("--out", type=Path, help=out)
+
+
+def add_grid(command: argparse.ArgumentParser) -> None:
+    modes = ("eager", "compile", "graph") if torch.cuda.is_available() else ("eager", "compile")
+    for name, known, default in (("modes", MODES, modes), ("parts", PARTS, PARTS)):
+        text = f"of {','.join(known)}; default here {','.join(default)}"
+        command.add_argument(f"--{name}", type=_names(name, known), default=list(default), help=text)
+    command.add_argument("--batches", type=_integers, default=[1, 8, 32])
+    command.add_argument("--contexts", type=_integers, default=[512, 4096, 16384])
+    command.add_argument("--tokens", type=int, default=512, help="of generate; default %(default)s")
+    command.add_argument("--repeats", type=int, default=30, help="default %(default)s")
+    command.add_argument("--profile", action="store_true", help="also the time of each kernel of a decoding step")
 
 
 def _names(option: str, known: tuple[str, ...]) -> Callable[[str], list[str]]:
