@@ -8,7 +8,7 @@
 #
 # LP_SECONDS: nothing goes on after so many seconds. Ends with 1 where something failed or was not run.
 set -u
-shopt -s extglob
+shopt -s extglob nullglob
 cd "$(dirname "$0")/.." || exit
 out=${1:-runs/tensor_parallel} processes=${2:-2}
 only=" ${*:3} " limit=${LP_SECONDS:-86400}
@@ -32,23 +32,24 @@ measure() {
     fi
     if [ -n "${LP_TINY:-}" ]; then
         seconds=600
+        # the last of an option counts: behind all others, and out of what --also says
         set -- "${@//graph/eager}" --contexts 16 --batches 1 --tokens 4 --repeats 2 --layers 4 --vocab 64 --dtype float32
-        set -- "${@//--@(contexts|batches|tokens|repeats) +([0-9,])/}"
+        set -- "${@//--@(contexts|batches|repeats) +([0-9,])/}"
         pairs="0:2 0:4" shape=llama-1b
     fi
     # shellcheck disable=SC2086  # several windows
     timeout $((left < seconds ? left : seconds)) python3 -m torch.distributed.run --standalone \
         --nproc-per-node "$processes" -m benchmarks.infer --shape "$shape" --pairs $pairs --forms sequential,fused \
         --out "$out/$file.jsonl" "$@" >/dev/null 2>"$out/$file.log" || echo "$file $*: ended with $?" | tee -a "$out/failed" >&2
-    grep -E "tokens/s|rror" "$out/$file.log" | tail -40
-    echo "$file: done after $SECONDS s"
+    grep -E "tokens/s|rror" "$out/$file.log" | tail -60
+    echo "$file: ended after $SECONDS s"
 }
 
 steps=(--modes graph --parts decode --contexts 512,4096 --batches 8,32 --also "--batches 1 --profile")
 eager=(--also "--modes eager --batches 1 --repeats 10")
 eager+=(--also "--modes eager --parts prefill --batches 1 --contexts 2048,16384 --repeats 15")
-requests=(--also "--parts generate --batches 1,64 --tokens 256 --repeats 10")
-paper=(--also "--parts generate --batches 1 --contexts 16 --tokens 4096 --repeats 10")
+requests=(--tokens 256 --also "--parts generate --batches 1,64 --repeats 10")
+paper=(--tokens 4096 --also "--parts generate --batches 1 --contexts 16 --repeats 10")
 compiled=(--modes compile --parts decode --contexts 512 --batches 1)
 measure 210 8b llama-8b "15:29 5:27 1:31" "${steps[@]}" "${eager[@]}" "${requests[@]}"
 measure 190 llama2 llama2-7b "9:23 5:27" "${steps[@]}" "${eager[@]}" "${paper[@]}"
@@ -56,5 +57,5 @@ measure 100 3b llama-3b "9:19 5:23" "${steps[@]}" "${eager[@]}"
 measure 225 8b_compiled llama-8b 15:29 "${compiled[@]}"
 measure 150 llama2_compiled llama2-7b 9:23 "${compiled[@]}"
 measure 150 3b_compiled llama-3b 9:19 "${compiled[@]}"
-python3 -m benchmarks.infer_table "$out"/*.jsonl
-[ ! -e "$out/failed" ]
+measured=("$out"/*.jsonl)
+[ ${#measured[@]} -eq 0 ] || python3 -m benchmarks.infer_table "${measured[@]}" && [ ! -e "$out/failed" ]

@@ -80,6 +80,8 @@ REFUSED_BY_ITS_PARSER = {  # argparse's own: usage, and one line that names the 
     f"export {RUN} {{own}}/out --form fussed": r"--form: invalid choice: 'fussed' \(choose from '?fused",
     "bench train --shape llama-9b": r"--shape: invalid choice: 'llama-9b' \(choose from '?llama-70b",
     "bench infer --shape smollm2-135m --modes fast": r"--modes: 'fast' is unknown; use some of eager",
+    "bench infer --shape smollm2-135m --also=--modes=fast": r"--also: error: .*'fast' is unknown; use some of eager",
+    "bench infer --shape smollm2-135m --also='--modes": r"--also: .*No closing quotation",
     "bench loss --rows 0": r"--rows: 0: must be at least 1",
 }
 

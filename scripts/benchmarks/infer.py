@@ -4,7 +4,7 @@
     python scripts/bench.py infer --model runs/demo --modes eager
     python scripts/bench.py infer --shape llama-8b --pairs 15:29 7:29      # fused both ways beside one sequential model
     torchrun --nproc-per-node 2 scripts/bench.py infer --shape llama-8b --modes eager,graph     # tensor parallel
-    python scripts/bench.py infer --shape llama-8b --modes graph --also "--modes eager --batches 1"   # both, built once
+    python scripts/bench.py infer --shape llama-8b --modes graph --also="--modes eager --batches 1"   # built once
 
 On a CPU, in seconds:
 
@@ -77,7 +77,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     changes within minutes where others work on it too.
     """
     where = _device()
-    if any("graph" in grid.modes for grid in grids(options)) and where.type != "cuda":
+    if any("graph" in grid.modes for grid in with_also(options)) and where.type != "cuda":
         raise UserError("--modes graph: a CUDA graph needs a GPU, and this is a CPU; use eager or compile")
     keep = appender(options.out) if options.out else lambda line: None
     found: dict[str, Any] = {**origin(where), "case": _case(options), "copy_gb_per_second": copy_speed(where)}
@@ -85,7 +85,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     started = datetime.datetime.now().isoformat()
     for turn in range(options.rounds):
         for cell in _round(options, where):
-            cell["round"] = f"{started} {turn}"
+            cell["round"] = f"{started} {turn}{cell['round']}"
             _add_rates(cell, found["copy_gb_per_second"])
             cells.append(cell)
             if RANK == 0:
@@ -97,17 +97,33 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
 @torch.no_grad()
 def _round(options: Options, where: torch.device) -> Iterator[Cell]:
     for form, pairs, model in forms(options, where):
-        for grid in grids(options):
-            for mode in grid.modes:
-                for cell in measure(model, mode, grid, where):
-                    yield {"form": form, "pairs": pairs, "mode": mode, **cell}
+        for number, of_grid in enumerate(with_also(options)):
+            for mode in of_grid.modes:
+                for cell in measure(model, mode, of_grid, where):
+                    # a cell that two grids name is measured twice: two rounds
+                    yield {"form": form, "pairs": pairs, "mode": mode, "round": f".{number}" if number else "", **cell}
 
 
-def grids(options: Options) -> list[Options]:
-    """The cells asked for, and those of each ``--also``: what it does not name is as in the command itself."""
-    parser = argparse.ArgumentParser(prog="--also")
+def with_also(options: Options) -> list[Options]:
+    """The options, and those of each ``--also``: what it does not name is as in the command itself."""
+    parser = _grid_parser()
+    return [options, *(parser.parse_args(words, copy.copy(options)) for words in options.also)]
+
+
+def _grid_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench.py infer --also", add_help=False)
     add_grid(parser)
-    return [options, *(parser.parse_args(shlex.split(text), copy.copy(options)) for text in options.also)]
+    return parser
+
+
+def _also(text: str) -> list[str]:
+    """Words of a command line. What is wrong with them is said before anything is measured."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    _grid_parser().parse_args(words)
+    return words
 
 
 def _device() -> torch.device:
@@ -324,8 +340,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     text = f"of {','.join(FORMS)}; default all"
     command.add_argument("--forms", type=_names("forms", FORMS), default=list(FORMS), help=text)
     add_grid(command)
-    also = "more cells of the same models in the same process, for example '--modes eager --contexts 16384'"
-    command.add_argument("--also", action="append", default=[], metavar="'OPTIONS'", help=also)
+    also = "more cells of the same models in the same process: --also='--modes eager --batches 1'"
+    command.add_argument("--also", action="append", default=[], type=_also, metavar="'OPTIONS'", help=also)
+    command.add_argument("--tokens", type=int, default=512, help="of generate; default %(default)s")
     rounds = "all of it so often, forms in turn (compiled anew each time), and medians; default %(default)s"
     command.add_argument("--rounds", type=positive, default=1, help=rounds)
     command.add_argument("--layers", type=int)
@@ -337,13 +354,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_grid(command: argparse.ArgumentParser) -> None:
+    """Which cells, and how each is measured: the options that ``--also`` may give anew."""
     modes = ("eager", "compile", "graph") if torch.cuda.is_available() else ("eager", "compile")
     for name, known, default in (("modes", MODES, modes), ("parts", PARTS, PARTS)):
         text = f"of {','.join(known)}; default here {','.join(default)}"
         command.add_argument(f"--{name}", type=_names(name, known), default=list(default), help=text)
     command.add_argument("--batches", type=_integers, default=[1, 8, 32])
     command.add_argument("--contexts", type=_integers, default=[512, 4096, 16384])
-    command.add_argument("--tokens", type=int, default=512, help="of generate; default %(default)s")
     command.add_argument("--repeats", type=int, default=30, help="default %(default)s")
     command.add_argument("--profile", action="store_true", help="also the time of each kernel of a decoding step")
 

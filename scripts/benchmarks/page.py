@@ -86,7 +86,9 @@ def _rows_of(run: Found) -> Iterable[list[str]]:
             groups.setdefault((fused["pairs"], *key[:3]), []).append((alone[key], fused))
     case = run["case"]
     shape = case["shape"] or Path(case["model"]).name
-    for (_, mode, what, batch), both in groups.items():
+    kinds = list(dict.fromkeys(key[:3] for key in groups))
+    for key in sorted(groups, key=lambda key: (kinds.index(key[:3]), key[3])):
+        (_, mode, what, batch), both = key, groups[key]
         name = f"{shape}, {both[0][0]['layers'] - both[0][1]['layers']}"
         of_copy = [c["of_copy"] for _, c in both]
         what = f"{what} {both[0][1]['tokens'] // batch:,}" if what == "generate" else what
