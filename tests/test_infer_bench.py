@@ -229,6 +229,13 @@ def test_kernels_of_one_shortened_name_are_kept_apart(monkeypatch: pytest.Monkey
     assert found["other_kernels_ms"] == pytest.approx(0.03)
 
 
+def test_of_several_ranks_the_step_that_waited_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = iter([16.0, 0.5, 2.0])
+    monkeypatch.setattr(stepper, "WORLD", 2)
+    monkeypatch.setattr(stepper, "_kernels", lambda step, most: {"all_reduce_ms": next(waited)})
+    assert stepper.kernels(lambda: None) == {"all_reduce_ms": 0.5}
+
+
 def test_bytes_of_a_step() -> None:
     with torch.no_grad():
         for form, _, model in infer.forms(options("--pairs", "2:6"), CPU):
