@@ -1,6 +1,7 @@
 """The inference benchmark on a CPU: every cell is measured, and what is measured is the model that it is said to be."""
 
 import argparse
+import itertools
 import json
 import re
 from contextlib import nullcontext
@@ -150,7 +151,7 @@ def test_forms_take_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     written = [json.loads(line)["cell"] for line in out.read_text().splitlines()]
     assert [cell["form"] for cell in written] == 3 * ["sequential", "fused"]
-    assert [cell["round"][-1] for cell in written] == ["0", "0", "1", "1", "2", "2"]
+    assert [cell["round"].split()[1] for cell in written] == ["0.0", "0.0", "1.0", "1.0", "2.0", "2.0"]
     fused = found["cells"][1]
     assert fused["rounds_ms"] == [cell["ms"] for cell in written[1::2]]
     assert fused["ms"] == sorted(fused["rounds_ms"])[1]
@@ -229,9 +230,26 @@ def test_kernels_of_one_shortened_name_are_kept_apart(monkeypatch: pytest.Monkey
     assert found["other_kernels_ms"] == pytest.approx(0.03)
 
 
+def test_a_static_cache_has_room_for_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms, steps = [], itertools.count()
+
+    class Counted(stepper.Stepper):
+        def __init__(self, model: Any, mode: str, batch: int, context: int, room: int, where: torch.device) -> None:
+            rooms.append(room)
+            super().__init__(model, mode, batch, context, room, where)
+            self.step = lambda: next(steps)
+
+    for module in (infer, stepper):
+        monkeypatch.setattr(module, "PROFILED", 3)
+    monkeypatch.setattr(infer, "Stepper", Counted)
+    sizes = ["--contexts", "8", "--batches", "1", "--repeats", "5", "--parts", "decode", "--forms", "sequential"]
+    infer.run(options(*sizes, "--modes", "compile", "--profile"), lambda text: None)
+    assert rooms == [next(steps) + stepper.CAPTURED]
+
+
 def test_of_several_ranks_the_step_that_waited_least(monkeypatch: pytest.MonkeyPatch) -> None:
     waited = iter([16.0, 0.5, 2.0])
-    monkeypatch.setattr(stepper, "WORLD", 2)
+    monkeypatch.setattr(stepper, "PROFILED", 3)
     monkeypatch.setattr(stepper, "_kernels", lambda step, most: {"all_reduce_ms": next(waited)})
     assert stepper.kernels(lambda: None) == {"all_reduce_ms": 0.5}
 
@@ -341,7 +359,9 @@ def test_a_run_s_fused_model_drafts_for_its_original(run: Path, capsys: pytest.C
     assert bench.main(["draft", str(run.parent / "model")]) == 2
 
 
-def test_a_run_is_measured_in_order_as_trained_and_fused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_measured_in_order_as_trained_and_fused(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = ["--contexts", "8", "--batches", "1", "--repeats", "2"]
     assert bench.main(["infer", "--model", str(run), "--modes", "eager", "--parts", "decode", *sizes]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -350,6 +370,9 @@ def test_a_run_is_measured_in_order_as_trained_and_fused(run: Path, capsys: pyte
     assert depths == [("sequential", None, 6), ("paired", plan, 6), ("fused", plan, 4)]
     assert found["case"]["dtype"] == "float32"  # of a CPU
     assert all(cell["ms"] > 0 for cell in found["cells"])
+    monkeypatch.setattr(infer, "WORLD", 2)
+    with pytest.raises(UserError, match="a run is measured by one process; export it"):
+        next(infer.forms(argparse.Namespace(model=str(run), forms=["fused"]), CPU))
 
 
 def test_trade_off_and_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from benchmarks import infer_table
 from benchmarks.arguments import positive, window_or_pairs
 from benchmarks.results import appender, identity
-from benchmarks.stepper import RANK, WARMUP, WORLD, Stepper, copy_speed, kernels, timed
+from benchmarks.stepper import CAPTURED, PROFILED, RANK, WARMUP, WORLD, Stepper, copy_speed, kernels, timed
 from lp_train.errors import UserError, exit_code
 from lp_train.pairing import PairPlan, pair_layers, plan_of, unpair_layers
 from lp_train.pairing.families import decoder_of
@@ -85,7 +85,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     started = datetime.datetime.now().isoformat()
     for turn in range(options.rounds):
         for cell in _round(options, where):
-            cell["round"] = f"{started} {turn}{cell['round']}"
+            cell["round"] = f"{started} {turn}.{cell['round']}"
             _add_rates(cell, found["copy_gb_per_second"])
             cells.append(cell)
             if RANK == 0:
@@ -97,11 +97,10 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
 @torch.no_grad()
 def _round(options: Options, where: torch.device) -> Iterator[Cell]:
     for form, pairs, model in forms(options, where):
-        for number, of_grid in enumerate(with_also(options)):
-            for mode in of_grid.modes:
-                for cell in measure(model, mode, of_grid, where):
-                    # a cell that two grids name is measured twice: two rounds
-                    yield {"form": form, "pairs": pairs, "mode": mode, "round": f".{number}" if number else "", **cell}
+        for number, grid in enumerate(with_also(options)):  # a cell of two grids is measured twice: two rounds
+            for mode in grid.modes:
+                for cell in measure(model, mode, grid, where):
+                    yield {"form": form, "pairs": pairs, "mode": mode, "round": number, **cell}
 
 
 def with_also(options: Options) -> list[Options]:
@@ -169,6 +168,9 @@ def forms(options: Options, where: torch.device) -> Iterator[Form]:
     """Each form that was asked for. They share the weights of every layer that is not paired, but for shards."""
     wanted = [form for form in options.forms if WORLD == 1 or form != "paired"]
     if options.model and (Path(options.model) / "resolved_config.yaml").exists():
+        if WORLD > 1:
+            remedy = "a run is measured by one process; export it and give that folder"
+            raise UserError(f"--model {options.model}: {remedy}")
         made: Iterator[Form] = _of_run(options, where)
     else:
         made = _sharded(options, where, wanted) if WORLD > 1 else _whole(options, where)
@@ -212,12 +214,13 @@ def _sharded(options: Options, where: torch.device, wanted: list[str]) -> Iterat
     model = _original(options, where)
     plans = _plans(options, len(decoder_of(model).layers))
     if "sequential" in wanted:
-        yield "sequential", None, _shard(model)
+        model = _shard(model)
+        yield "sequential", None, model
     for pairs, plan in plans.items() if "fused" in wanted else ():
         del model
         gc.collect()
-        _, _, model = list(_paired(_original(options, where), pairs, plan))[-1]
-        yield "fused", pairs, _shard(model)
+        model = _shard(list(_paired(_original(options, where), pairs, plan))[-1][2])
+        yield "fused", pairs, model
 
 
 def _shard(model: Any) -> nn.Module:
@@ -294,8 +297,8 @@ def _measure(
         ms = timed(lambda: model(prompt, use_cache=True, logits_to_keep=1), max(3, options.repeats // 5), where)
         return {"ms": ms, "tokens": batch * context}
     if part == "decode":
-        room = WARMUP + 4 + options.repeats
-        if mode == "eager" and _is_new(model, part, batch, context):
+        room = CAPTURED + WARMUP + options.repeats + PROFILED
+        if mode == "eager" and _is_new(model, part, batch, context, options.repeats):
             timed(Stepper(model, mode, batch, context, room, where).step, options.repeats, where)
         stepper = Stepper(model, mode, batch, context, room, where)
         found = {"ms": timed(stepper.step, options.repeats, where), "tokens": batch, "bytes": stepper.bytes_read()}
@@ -307,7 +310,7 @@ def _measure(
         new = _is_new(model, part, batch, context)
         ms = timed(lambda: model.generate(prompt, **n), repeats, where, warmup=int(new))
     else:
-        stepper = Stepper(model, mode, batch, context, options.tokens, where)
+        stepper = Stepper(model, mode, batch, context, max(CAPTURED, options.tokens), where)
         stepper.generate(min(options.tokens, 2 + WARMUP))
         ms = timed(lambda: stepper.generate(options.tokens), repeats, where, warmup=0)
     return {"ms": ms, "tokens": batch * options.tokens}
@@ -337,12 +340,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     which.add_argument("--model", help="a run folder (its original and its result), or one with a model")
     windows = "windows or lists of pairs; each is paired and fused by itself"
     command.add_argument("--pairs", type=window_or_pairs, nargs="+", help=windows)
-    text = f"of {','.join(FORMS)}; default all"
+    text = f"of {','.join(FORMS)}; default all, but for paired under several processes"
     command.add_argument("--forms", type=_names("forms", FORMS), default=list(FORMS), help=text)
     add_grid(command)
     also = "more cells of the same models in the same process: --also='--modes eager --batches 1'"
     command.add_argument("--also", action="append", default=[], type=_also, metavar="'OPTIONS'", help=also)
-    command.add_argument("--tokens", type=int, default=512, help="of generate; default %(default)s")
+    command.add_argument("--tokens", type=positive, default=512, help="of generate; default %(default)s")
     rounds = "all of it so often, forms in turn (compiled anew each time), and medians; default %(default)s"
     command.add_argument("--rounds", type=positive, default=1, help=rounds)
     command.add_argument("--layers", type=int)
@@ -361,7 +364,7 @@ def add_grid(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}", type=_names(name, known), default=list(default), help=text)
     command.add_argument("--batches", type=_integers, default=[1, 8, 32])
     command.add_argument("--contexts", type=_integers, default=[512, 4096, 16384])
-    command.add_argument("--repeats", type=int, default=30, help="default %(default)s")
+    command.add_argument("--repeats", type=positive, default=30, help="default %(default)s")
     command.add_argument("--profile", action="store_true", help="also the time of each kernel of a decoding step")
 
 

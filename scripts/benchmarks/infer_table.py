@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
     """The speed-up of the fused model over the batch, a line for each mode and context of decoding."""
     cells = [c for c in found["cells"] if c["form"] == "fused" and c["what"] == "decode" and c["speedup"]]
     figure, axes = plt.subplots(figsize=(6, 4))
-    for mode, context in sorted({(c["mode"], c["context"]) for c in cells}):
-        points = sorted((c["batch"], c["speedup"]) for c in cells if (c["mode"], c["context"]) == (mode, context))
-        axes.plot(*zip(*points, strict=True), marker="o", label=f"{mode}, context {context:,}")
+    key = itemgetter("layers", "mode", "context")
+    for layers, mode, context in sorted({key(c) for c in cells}):
+        points = sorted((c["batch"], c["speedup"]) for c in cells if key(c) == (layers, mode, context))
+        axes.plot(*zip(*points, strict=True), marker="o", label=f"{layers} layers, {mode}, context {context:,}")
     axes.axhline(1, color="grey", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("batch [sequences]")

@@ -16,7 +16,9 @@ from lp_train.pairing.families import decoder_of
 
 COMPILE: dict[str, Any] = {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False}
 WARMUP = 3
+CAPTURED = 2  # eager steps before a graph is captured
 WORLD, RANK = (int(os.environ.get(name, alone)) for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0")))
+PROFILED = 3 if WORLD > 1 else 1
 
 
 class Stepper:
@@ -56,7 +58,7 @@ class Stepper:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
+            for _ in range(CAPTURED):
                 self.eager_step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -89,9 +91,9 @@ def _local_bytes(tensor: Tensor) -> int:
 
 def kernels(step: Callable[[], Any], most: int = 20) -> dict[str, Any]:
     """Where the time of one step goes on the device: ms in all-reduces and how many there are, ms in all other kernels,
-    and of the longest kernels name, number and ms. With other ranks of three steps the one whose all-reduces took
-    least: a rank that waits for another does so inside them."""
-    steps = [_kernels(step, most) for _ in range(3 if WORLD > 1 else 1)]
+    and of the longest kernels name, number and ms. Of PROFILED steps the one with the least time in all-reduces, since
+    a rank that waits for another does so inside them."""
+    steps = [_kernels(step, most) for _ in range(PROFILED)]
     return min(steps, key=lambda found: found["all_reduce_ms"])
 
 
