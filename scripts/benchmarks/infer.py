@@ -169,8 +169,7 @@ def forms(options: Options, where: torch.device) -> Iterator[Form]:
     wanted = [form for form in options.forms if WORLD == 1 or form != "paired"]
     if options.model and (Path(options.model) / "resolved_config.yaml").exists():
         if WORLD > 1:
-            remedy = "a run is measured by one process; export it and give that folder"
-            raise UserError(f"--model {options.model}: {remedy}")
+            raise UserError(f"--model {options.model}: a run is measured by one process; export it and give that")
         made: Iterator[Form] = _of_run(options, where)
     else:
         made = _sharded(options, where, wanted) if WORLD > 1 else _whole(options, where)
