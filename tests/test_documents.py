@@ -177,7 +177,7 @@ def test_the_table_of_controls_is_that_of_the_reports(depth: int) -> None:
         assert f"| {' | '.join(cells)} |" in RECIPE.read_text(), cells
     best = min(reports[name]["recovered"]["kl"] for name in reports if name not in ("pairs", "window"))
     stated = re.search(
-        r"ends at KLs of (.*?) at depths (.*?) at best.*?pairs\s+end\s+at\s+([\d., and\s]+)",
+        r"ends at KLs of\s+(.*?) at depths (.*?) at best.*?pairs\s+end\s+at\s+([\d., and\s]+)",
         DOCUMENTS[0].read_text(),
         re.S,
     )
