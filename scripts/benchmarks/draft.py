@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.arguments import integers
 from benchmarks.infer import origin
 from benchmarks.table import markdown
 from lp_train import models
@@ -118,5 +119,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     for name, value in {"prompts": 16, "prompt-tokens": 64, "tokens": 128}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
-    parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")], default=[2, 4, 8])
+    parser.add_argument("--lengths", type=integers, default=[2, 4, 8])
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="float32")

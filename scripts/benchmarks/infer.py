@@ -41,7 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from benchmarks import infer_table
-from benchmarks.arguments import positive, window_or_pairs
+from benchmarks.arguments import integers, positive, window_or_pairs
 from benchmarks.results import appender, identity
 from benchmarks.stepper import CAPTURED, PROFILED, RANK, WARMUP, WORLD, Stepper, copy_speed, kernels, timed
 from lp_train.errors import UserError, exit_code
@@ -76,15 +76,15 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     With several ``options.rounds`` all forms are measured in turn as often: eager steps wait for the host, whose speed
     changes within minutes where others work on it too.
     """
-    where = _device()
-    if any("graph" in grid.modes for grid in with_also(options)) and where.type != "cuda":
+    where, grids = _device(), with_also(options)
+    if any("graph" in grid.modes for grid in grids) and where.type != "cuda":
         raise UserError("--modes graph: a CUDA graph needs a GPU, and this is a CPU; use eager or compile")
     keep = appender(options.out) if options.out else lambda line: None
     found: dict[str, Any] = {**origin(where), "case": _case(options), "copy_gb_per_second": copy_speed(where)}
     cells: list[Cell] = []
     started = datetime.datetime.now().isoformat()
     for turn in range(options.rounds):
-        for cell in _round(options, where):
+        for cell in _round(options, grids, where):
             cell["round"] = f"{started} {turn}.{cell['round']}"
             _add_rates(cell, found["copy_gb_per_second"])
             cells.append(cell)
@@ -95,9 +95,9 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _round(options: Options, where: torch.device) -> Iterator[Cell]:
+def _round(options: Options, grids: list[Options], where: torch.device) -> Iterator[Cell]:
     for form, pairs, model in forms(options, where):
-        for number, grid in enumerate(with_also(options)):  # a cell of two grids is measured twice: two rounds
+        for number, grid in enumerate(grids):  # a cell of two grids is measured twice: two rounds
             for mode in grid.modes:
                 for cell in measure(model, mode, grid, where):
                     yield {"form": form, "pairs": pairs, "mode": mode, "round": number, **cell}
@@ -361,8 +361,8 @@ def add_grid(command: argparse.ArgumentParser) -> None:
     for name, known, default in (("modes", MODES, modes), ("parts", PARTS, PARTS)):
         text = f"of {','.join(known)}; default here {','.join(default)}"
         command.add_argument(f"--{name}", type=_names(name, known), default=list(default), help=text)
-    command.add_argument("--batches", type=_integers, default=[1, 8, 32])
-    command.add_argument("--contexts", type=_integers, default=[512, 4096, 16384])
+    command.add_argument("--batches", type=integers, default=[1, 8, 32])
+    command.add_argument("--contexts", type=integers, default=[512, 4096, 16384])
     command.add_argument("--repeats", type=positive, default=30, help="default %(default)s")
     command.add_argument("--profile", action="store_true", help="also the time of each kernel of a decoding step")
 
@@ -374,10 +374,6 @@ def _names(option: str, known: tuple[str, ...]) -> Callable[[str], list[str]]:
         return text.split(",")
 
     return parse
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def command(options: Options) -> None:

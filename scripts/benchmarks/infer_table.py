@@ -95,7 +95,7 @@ def _row(cell: dict[str, Any]) -> list[str]:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """The speed-up of the fused model over the batch, a line for each mode and context of decoding."""
+    """The speed-up of the fused model over the batch, a line for each depth, mode and context of decoding."""
     cells = [c for c in found["cells"] if c["form"] == "fused" and c["what"] == "decode" and c["speedup"]]
     figure, axes = plt.subplots(figsize=(6, 4))
     key = itemgetter("layers", "mode", "context")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from benchmarks.arguments import integers
 from benchmarks.table import markdown
 from lp_train.adapters import count_parameters
 from lp_train.bench.flops import PEAK_FLOPS, step_flops
@@ -125,5 +126,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML file: rank, rows, length, checkpointing; the shapes replace its model")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--shapes", default="Llama-3.1-8B,Llama-3.1-70B,Llama-3.1-405B", help="default %(default)s")
-    parser.add_argument("--gpus", type=lambda text: [int(n) for n in text.split(",")], default=[8, 32, 128, 512])
+    parser.add_argument("--gpus", type=integers, default=[8, 32, 128, 512])
     parser.add_argument("--page", type=Path, help="also write the tables between the marks of this page")
