@@ -77,10 +77,29 @@ def test_a_table_of_steps_that_are_not_one_run(tmp_path: Path) -> None:
     for number, line in enumerate(in_turn):
         line["cell"]["round"] = number  # no two of one
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, in_turn)))
-    assert "| 5.17 | 4.58 | not run |" in page.inference([tmp_path / "a.jsonl"])
+    assert "| 5.18 | 4.59 | not run |" in page.inference([tmp_path / "a.jsonl"])
     (tmp_path / "b.jsonl").write_text(lines[0].replace('"commit": "', '"commit": "0'))
     with pytest.raises(UserError, match="2 runs, and a prediction is of one; name its file"):
         page.prediction([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+
+
+def test_where_the_ms_of_a_step_go(tmp_path: Path) -> None:
+    line = json.loads((RECIPES / "benchmarks/results/tensor_parallel_h200/8b.jsonl").read_text().splitlines()[0])
+    cell = {**line["cell"], "batch": 1}
+    in_order = {"ms": 8.0, "all_reduces": 65, "all_reduce_ms": 1.0, "other_kernels_ms": 6.0}  # and 1 between them
+    fused = {"ms": 6.0, "all_reduces": 51, "all_reduce_ms": 0.8, "other_kernels_ms": 4.7, "layers": 25}
+    pairs = {"form": "fused", "pairs": "15:29"}
+    cells = [
+        {**cell, "context": 4096, **in_order, "ms": 80.0},  # not the shortest cache
+        {**cell, "context": 512, **in_order},
+        {**cell, "context": 512, **pairs, **fused},
+        {**cell, "context": 16, "ms": 1.0},  # not profiled
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({**line, "cell": cell}) for cell in cells))
+    assert page.split([tmp_path / "a.jsonl"]).splitlines()[2:] == [
+        "| llama-8b, in order | 8.00 | 65 | 1.00 | 6.00 | 1.00 |  |  |  |  |",
+        "| llama-8b, 7 | 6.00 | 51 | 0.80 | 4.70 | 0.50 | 2.00 | 65% | 25% | 10% |",
+    ]
 
 
 @pytest.mark.parametrize(

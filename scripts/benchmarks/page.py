@@ -106,6 +106,37 @@ def _together(ratios: Sequence[float | None]) -> str:
     return shown if None in ratios else f"{shown} x"
 
 
+def split(files: Sequence[Path]) -> str:
+    """Where the ms of profiled steps go, behind the shortest cache, and which share of what is gained comes from where.
+
+    Gaps: the step's median less its kernels.
+    """
+    header = ["shape, pairs", "step, ms", "all-reduces", "in them", "other kernels", "gaps"]
+    header += ["gained", "by kernels", "by gaps", "by all-reduces"]
+    rows = [row for run in infer_table.read(list(files)) for row in _split_of(run)]
+    return markdown(header, rows)
+
+
+def _split_of(run: Found) -> Iterable[list[str]]:
+    profiled = [c for c in run["cells"] if "all_reduce_ms" in c]
+    shortest = [c for c in profiled if c["context"] == min(c["context"] for c in profiled)]
+    alone = next(c for c in shortest if c["form"] == "sequential")
+    for step in shortest:
+        spent, before = _spent(step), _spent(alone)
+        gained = alone["ms"] - step["ms"]
+        shares = [""] * 4
+        if step is not alone:
+            shares = [f"{gained:.2f}", *(f"{(before[part] - spent[part]) / gained:.0%}" for part in spent)]
+        name = f"{run['case']['shape']}, {alone['layers'] - step['layers'] or 'in order'}"
+        times = (spent["all-reduces"], spent["kernels"], spent["gaps"])
+        yield [name, f"{step['ms']:.2f}", str(step["all_reduces"]), *(f"{ms:.2f}" for ms in times), *shares]
+
+
+def _spent(step: Found) -> dict[str, float]:
+    kernels, reduces = step["other_kernels_ms"], step["all_reduce_ms"]
+    return {"kernels": kernels, "gaps": step["ms"] - kernels - reduces, "all-reduces": reduces}
+
+
 def _origin(found: Sequence[Found]) -> str:
     """Machines, versions, dates and commits of what a table shows."""
     devices = {f"{f.get('world', 1)} x {f['device']}" if f.get("world", 1) > 1 else f["device"] for f in found}
@@ -148,7 +179,7 @@ def prediction(files: Sequence[Path]) -> str:
 
 
 KINDS: dict[str, Callable[[Sequence[Path]], str]] = {
-    function.__name__: function for function in (training, inference, sweep, harness, many, prediction)
+    function.__name__: function for function in (training, inference, split, sweep, harness, many, prediction)
 }
 
 
