@@ -251,6 +251,10 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["infer", *SMALL, "--modes", "eager", "--pairs", "2:6", "4:60"]) == 2
     (line,) = capsys.readouterr().err.splitlines()  # before the first cell
     assert "4:60" in line
+    assert bench.main(["infer", *SMALL, "--modes", "compile", "--parts", "prefill"]) == 2
+    assert "it runs uncompiled in every mode; add eager to --modes" in capsys.readouterr().err
+    assert bench.main(["infer", "--model", "runs/demo", "--layers", "8"]) == 2
+    assert "--layers and --vocab are of random weights; leave them out" in capsys.readouterr().err
     assert (options().modes, infer_of_a_gpu().modes) == (["eager", "compile"], ["eager", "compile", "graph"])
     assert infer_of_a_gpu().dtype == "bfloat16"
     with pytest.raises(SystemExit):

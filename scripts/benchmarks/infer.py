@@ -12,11 +12,10 @@ On a CPU, in seconds:
 
 The caches are filled with zeros, which cost what other values cost; a static cache is as long as its context and the
 tokens that follow. Modes: eager; compile, the whole step through torch.compile as ``generate`` does with a static
-cache; frozen, the same with inductor's freezing, where weights are constants and those of one input are joined, which
-takes their memory twice; tuned, with its coordinate descent, where products of one row become reductions; graph, the
-eager step captured as a CUDA graph. Eager steps are measured at lengths that were met before: cuDNN's attention plans
-each new length for 40 ms, once in a process. ``PYTHONPATH=.:scripts python -m benchmarks.infer`` is the same and needs
-neither trl nor datasets, unless ``--model`` is a run.
+cache; frozen, the same with inductor's freezing, which joins weights of one input and shape and holds all twice; tuned,
+with its coordinate descent, where products of one row become reductions; graph, the eager step captured as a CUDA
+graph. Eager steps are measured at lengths that were met before: cuDNN's attention plans each new length for 40 ms, once
+in a process. ``PYTHONPATH=.:scripts python -m benchmarks.infer`` is the same without trl, but for runs as ``--model``.
 """
 
 from __future__ import annotations
@@ -77,8 +76,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     changes within minutes where others work on it too.
     """
     where, grids = _device(), with_also(options)
-    if any("graph" in grid.modes for grid in grids) and where.type != "cuda":
-        raise UserError("--modes graph: a CUDA graph needs a GPU, and this is a CPU; use eager or compile")
+    _check(options, grids, where)
     keep = appender(options.out) if options.out else lambda line: None
     found: dict[str, Any] = {**origin(where), "case": _case(options), "copy_gb_per_second": copy_speed(where)}
     cells: list[Cell] = []
@@ -92,6 +90,15 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
                 say(infer_table.line(cell))
                 keep({**found, "cell": cell})
     return {**found, "cells": infer_table.merged(cells)}
+
+
+def _check(options: Options, grids: list[Options], where: torch.device) -> None:
+    if any("graph" in grid.modes for grid in grids) and where.type != "cuda":
+        raise UserError("--modes graph: a CUDA graph needs a GPU, and this is a CPU; use eager or compile")
+    if any(grid.parts == ["prefill"] and "eager" not in grid.modes for grid in grids):
+        raise UserError("--parts prefill: it runs uncompiled in every mode; add eager to --modes")
+    if options.model and (options.layers or options.vocab):
+        raise UserError(f"--model {options.model}: --layers and --vocab are of random weights; leave them out")
 
 
 @torch.no_grad()
@@ -251,9 +258,8 @@ def _original(options: Options, where: torch.device) -> nn.Module:
         loaded: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
         return loaded.to(where).eval()
     raw = json.loads((FOLDER / f"{SHAPES[options.shape][0]}.json").read_text())
-    raw |= {
-        name: value for name, value in (("num_hidden_layers", options.layers), ("vocab_size", options.vocab)) if value
-    }
+    smaller = {"num_hidden_layers": options.layers, "vocab_size": options.vocab}
+    raw |= {name: value for name, value in smaller.items() if value}
     if raw.get("layer_types"):
         raw["layer_types"] = raw["layer_types"][: raw["num_hidden_layers"]]
     set_seed(0)
@@ -272,10 +278,8 @@ def measure(model: nn.Module, mode: str, options: Options, where: torch.device) 
             for context in options.contexts:
                 if part == "generate" and context != options.contexts[0]:
                     continue
-                if part == "prefill" and mode != "eager":
+                if part == "prefill" and (mode != "eager" or batch * context > MOST_PREFILLED):
                     continue  # `generate` runs it uncompiled in every mode
-                if part == "prefill" and batch * context > MOST_PREFILLED:
-                    continue
                 cell: Cell = {"what": part, "batch": batch, "context": context}
                 cell["layers"] = len(decoder_of(model).layers)
                 try:
@@ -347,8 +351,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokens", type=positive, default=512, help="of generate; default %(default)s")
     rounds = "all of it so often, forms in turn (compiled anew each time), and medians; default %(default)s"
     command.add_argument("--rounds", type=positive, default=1, help=rounds)
-    command.add_argument("--layers", type=int)
-    command.add_argument("--vocab", type=int)
+    command.add_argument("--layers", type=positive)
+    command.add_argument("--vocab", type=positive)
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default=dtype, help="default here %(default)s")
     out = "file.jsonl; a line is appended when a cell is done, one more round of a cell that is there; and file.png"
