@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Decoding under tensor parallelism, in order against fused: random weights on the shapes of Llama 3.1 8B, Llama 2 7B and
 # Llama 3.2 3B. Each measurement is a line of a file in OUT as soon as it is done. Graphs, eager steps, prefill and requests
-# took six minutes on two H200 (e4264ed); what compiles comes last and waits for the host's CPU.
+# took six minutes on two H200 (006fd0e); what compiles comes last and waits for the host's CPU.
 #
 #     scripts/bench_tensor_parallel.sh [OUT] [PROCESSES] [FILE ...]     # default: runs/tensor_parallel 2, and all files; OUT from the root
 #     LP_TINY=1 scripts/bench_tensor_parallel.sh OUT                    # the same calls on tiny models, processes on the CPU

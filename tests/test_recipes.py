@@ -85,21 +85,36 @@ def test_a_table_of_steps_that_are_not_one_run(tmp_path: Path) -> None:
 
 def test_where_the_ms_of_a_step_go(tmp_path: Path) -> None:
     line = json.loads((RECIPES / "benchmarks/results/tensor_parallel_h200/8b.jsonl").read_text().splitlines()[0])
-    cell = {**line["cell"], "batch": 1}
-    in_order = {"ms": 8.0, "all_reduces": 65, "all_reduce_ms": 1.0, "other_kernels_ms": 6.0}  # and 1 between them
-    fused = {"ms": 6.0, "all_reduces": 51, "all_reduce_ms": 0.8, "other_kernels_ms": 4.7, "layers": 25}
-    pairs = {"form": "fused", "pairs": "15:29"}
-    cells = [
-        {**cell, "context": 4096, **in_order, "ms": 80.0},  # not the shortest cache
-        {**cell, "context": 512, **in_order},
-        {**cell, "context": 512, **pairs, **fused},
-        {**cell, "context": 16, "ms": 1.0},  # not profiled
+    cell = {**line["cell"], "batch": 1, "context": 512}
+    in_order = {
+        **cell,
+        "ms": 8.0,
+        "all_reduces": 65,
+        "all_reduce_ms": 1.0,
+        "other_kernels_ms": 6.0,
+    }  # and 1 between them
+    fused = {**cell, "form": "fused", "pairs": "15:29", "layers": 25}
+    fused |= {"ms": 6.0, "all_reduces": 51, "all_reduce_ms": 0.8, "other_kernels_ms": 4.7}
+    others = [
+        {**in_order, "context": 4096, "ms": 80.0},
+        {**fused, "batch": 8},
+        {**fused, "mode": "compile"},
+        {**fused, "form": "paired"},
+        {**cell, "context": 16},  # not profiled
     ]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({**line, "cell": cell}) for cell in cells))
-    assert page.split([tmp_path / "a.jsonl"]).splitlines()[2:] == [
+
+    def write(*cells: dict[str, object]) -> list[Path]:
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({**line, "cell": cell}) for cell in cells))
+        return [tmp_path / "a.jsonl"]
+
+    made = page.split(write(*others, in_order, fused)).splitlines()
+    assert made[0].startswith("2 x NVIDIA H200; torch 2.11.0")
+    assert made[4:] == [
         "| llama-8b, in order | 8.00 | 65 | 1.00 | 6.00 | 1.00 |  |  |  |  |",
-        "| llama-8b, 7 | 6.00 | 51 | 0.80 | 4.70 | 0.50 | 2.00 | 65% | 25% | 10% |",
+        "| llama-8b, 7 | 6.00 | 51 | 0.80 | 4.70 | 0.50 | 2.00 | 10% | 65% | 25% |",
     ]
+    with pytest.raises(UserError, match="llama-8b: no step in order was profiled; measure with --profile"):
+        page.split(write(fused))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from lp_train.errors import UserError, exit_code
 TABLE = re.compile(r"(<!-- table: (\w+) (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Found = dict[str, Any]
+SPENT = ("all-reduces", "other kernels", "gaps")  # what a step consists of
 
 
 def written(page: Path) -> str:
@@ -107,34 +108,48 @@ def _together(ratios: Sequence[float | None]) -> str:
 
 
 def split(files: Sequence[Path]) -> str:
-    """Where the ms of profiled steps go, behind the shortest cache, and which share of what is gained comes from where.
+    """Where the ms of a profiled step go, at the smallest batch and cache, and which share of what is gained where.
 
-    Gaps: the step's median less its kernels.
+    Gaps: the step's median less its kernels. Of several rounds the first is the profiled one.
+
+    Raises:
+        UserError: no step in order was profiled.
     """
-    header = ["shape, pairs", "step, ms", "all-reduces", "in them", "other kernels", "gaps"]
-    header += ["gained", "by kernels", "by gaps", "by all-reduces"]
-    rows = [row for run in infer_table.read(list(files)) for row in _split_of(run)]
-    return markdown(header, rows)
+    found = infer_table.read(list(files))
+    header = ["shape, pairs", "step, ms", "all-reduces", *(f"{part}, ms" for part in SPENT)]
+    header += ["gained, ms", *(f"by {part}" for part in SPENT)]
+    return f"{_origin(found)}\n\n{markdown(header, [row for run in found for row in _split_of(run)])}"
 
 
-def _split_of(run: Found) -> Iterable[list[str]]:
-    profiled = [c for c in run["cells"] if "all_reduce_ms" in c]
-    shortest = [c for c in profiled if c["context"] == min(c["context"] for c in profiled)]
-    alone = next(c for c in shortest if c["form"] == "sequential")
-    for step in shortest:
-        spent, before = _spent(step), _spent(alone)
-        gained = alone["ms"] - step["ms"]
-        shares = [""] * 4
-        if step is not alone:
-            shares = [f"{gained:.2f}", *(f"{(before[part] - spent[part]) / gained:.0%}" for part in spent)]
-        name = f"{run['case']['shape']}, {alone['layers'] - step['layers'] or 'in order'}"
-        times = (spent["all-reduces"], spent["kernels"], spent["gaps"])
-        yield [name, f"{step['ms']:.2f}", str(step["all_reduces"]), *(f"{ms:.2f}" for ms in times), *shares]
+def _split_of(run: Found) -> list[list[str]]:
+    shape = run["case"]["shape"] or Path(run["case"]["model"]).name
+    profiled = [c for c in run["cells"] if "all_reduce_ms" in c and c["form"] != "paired"]
+    in_order = [c for c in profiled if c["form"] == "sequential"]
+    if not in_order:
+        raise UserError(f"{shape}: no step in order was profiled; measure with --profile --forms sequential,fused")
+    alone = min(in_order, key=lambda c: (c["batch"], c["context"]))
+    same = (c for c in profiled if all(c[name] == alone[name] for name in infer_table.KEY))
+    return [_split_row(shape, alone, step) for step in same]
+
+
+def _split_row(shape: str, alone: Found, step: Found) -> list[str]:
+    before, spent, gained = _spent(alone), _spent(step), alone["ms"] - step["ms"]
+    name = f"{shape}, {alone['layers'] - step['layers'] or 'in order'}"
+    shares = [f"{(before[part] - spent[part]) / gained:.0%}" if gained > 0 else "" for part in SPENT]
+    gain = "" if step is alone else f"{gained:.2f}"
+    return [
+        name,
+        f"{step['ms']:.2f}",
+        str(step["all_reduces"]),
+        *(f"{spent[part]:.2f}" for part in SPENT),
+        gain,
+        *shares,
+    ]
 
 
 def _spent(step: Found) -> dict[str, float]:
-    kernels, reduces = step["other_kernels_ms"], step["all_reduce_ms"]
-    return {"kernels": kernels, "gaps": step["ms"] - kernels - reduces, "all-reduces": reduces}
+    reduces, kernels = step["all_reduce_ms"], step["other_kernels_ms"]
+    return dict(zip(SPENT, (reduces, kernels, step["ms"] - reduces - kernels), strict=True))
 
 
 def _origin(found: Sequence[Found]) -> str:
