@@ -86,13 +86,7 @@ def test_a_table_of_steps_that_are_not_one_run(tmp_path: Path) -> None:
 def test_where_the_ms_of_a_step_go(tmp_path: Path) -> None:
     line = json.loads((RECIPES / "benchmarks/results/tensor_parallel_h200/8b.jsonl").read_text().splitlines()[0])
     cell = {**line["cell"], "batch": 1, "context": 512}
-    in_order = {
-        **cell,
-        "ms": 8.0,
-        "all_reduces": 65,
-        "all_reduce_ms": 1.0,
-        "other_kernels_ms": 6.0,
-    }  # and 1 between them
+    in_order = {**cell, "ms": 8.0, "all_reduces": 65, "all_reduce_ms": 1.0, "other_kernels_ms": 6.0}
     fused = {**cell, "form": "fused", "pairs": "15:29", "layers": 25}
     fused |= {"ms": 6.0, "all_reduces": 51, "all_reduce_ms": 0.8, "other_kernels_ms": 4.7}
     others = [

@@ -14,8 +14,8 @@ The caches are filled with zeros, which cost what other values cost; a static ca
 tokens that follow. Modes: eager; compile, the whole step through torch.compile as ``generate`` does with a static
 cache; frozen, the same with inductor's freezing, which joins weights of one input and shape and holds all twice; tuned,
 with its coordinate descent, where products of one row become reductions; graph, the eager step captured as a CUDA
-graph. Eager steps are measured at lengths that were met before: cuDNN's attention plans each new length for 40 ms, once
-in a process. ``PYTHONPATH=.:scripts python -m benchmarks.infer`` is the same without trl, but for runs as ``--model``.
+graph. Eager steps are measured at lengths that were met before, since cuDNN's attention plans each new one for 40 ms.
+``PYTHONPATH=.:scripts python -m benchmarks.infer`` is the same.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def commit() -> str | None:
     """``LP_COMMIT``, for a machine to which files were copied; or git's."""
     if named := os.environ.get("LP_COMMIT"):
         return named
-    from lp_train.evaluation import report  # which needs trl
+    from lp_train.evaluation import report
 
     return report.commit()
 
@@ -279,7 +279,7 @@ def measure(model: nn.Module, mode: str, options: Options, where: torch.device) 
                 if part == "generate" and context != options.contexts[0]:
                     continue
                 if part == "prefill" and (mode != "eager" or batch * context > MOST_PREFILLED):
-                    continue  # `generate` runs it uncompiled in every mode
+                    continue  # uncompiled in every mode of `generate`, and not of any size
                 cell: Cell = {"what": part, "batch": batch, "context": context}
                 cell["layers"] = len(decoder_of(model).layers)
                 try:

@@ -85,12 +85,10 @@ def _rows_of(run: Found) -> Iterable[list[str]]:
         key = tuple(fused[name] for name in infer_table.KEY)
         if fused["form"] == "fused" and key in alone:
             groups.setdefault((fused["pairs"], *key[:3]), []).append((alone[key], fused))
-    case = run["case"]
-    shape = case["shape"] or Path(case["model"]).name
     kinds = list(dict.fromkeys(key[:3] for key in groups))
     for key in sorted(groups, key=lambda key: (kinds.index(key[:3]), key[3])):
         (_, mode, what, batch), both = key, groups[key]
-        name = f"{shape}, {both[0][0]['layers'] - both[0][1]['layers']}"
+        name = f"{_shape(run)}, {both[0][0]['layers'] - both[0][1]['layers']}"
         of_copy = [c["of_copy"] for _, c in both]
         what = f"{what} {both[0][1]['tokens'] // batch:,}" if what == "generate" else what
         yield [
@@ -100,6 +98,10 @@ def _rows_of(run: Found) -> Iterable[list[str]]:
             _together([c["speedup"] for _, c in both]),
             "" if None in of_copy else " / ".join(f"{share:.0%}" for share in of_copy),
         ]
+
+
+def _shape(run: Found) -> str:
+    return run["case"]["shape"] or Path(run["case"]["model"]).name
 
 
 def _together(ratios: Sequence[float | None]) -> str:
@@ -122,14 +124,15 @@ def split(files: Sequence[Path]) -> str:
 
 
 def _split_of(run: Found) -> list[list[str]]:
-    shape = run["case"]["shape"] or Path(run["case"]["model"]).name
     profiled = [c for c in run["cells"] if "all_reduce_ms" in c and c["form"] != "paired"]
     in_order = [c for c in profiled if c["form"] == "sequential"]
     if not in_order:
-        raise UserError(f"{shape}: no step in order was profiled; measure with --profile --forms sequential,fused")
+        raise UserError(
+            f"{_shape(run)}: no step in order was profiled; measure with --profile --forms sequential,fused"
+        )
     alone = min(in_order, key=lambda c: (c["batch"], c["context"]))
     same = (c for c in profiled if all(c[name] == alone[name] for name in infer_table.KEY))
-    return [_split_row(shape, alone, step) for step in same]
+    return [_split_row(_shape(run), alone, step) for step in same]
 
 
 def _split_row(shape: str, alone: Found, step: Found) -> list[str]:
